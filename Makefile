@@ -1,0 +1,23 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint
+
+demo: .venv/recipes-installed
+	$(BIN)/python -m recipes.digits
+
+test: .venv/dev-installed
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
+
+lint: .venv/dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# .venv/recipes-installed, .venv/dev-installed: the extra of that name is installed and up to date.
+.venv/%-installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[$*]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv

@@ -1,0 +1,325 @@
+"""Finding a model's projections, putting low-rank layers in, freezing the rest, counting parameters."""
+
+import functools
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lalora_lightning.layers import TruncatedLoRALinear, is_linear, linear_weight
+
+GroupBy = Literal["block", "parent", "module"] | Callable[[str], str]
+
+
+# What the model families call query and value: RoBERTa, BERT, ALBERT, ELECTRA; LLaMA, ViT, CLIP, Whisper, OPT; T5;
+# DeBERTa-v2/v3; DistilBERT.
+QUERY_VALUE_NAMES = (
+    ("query", "value"),
+    ("q_proj", "v_proj"),
+    ("q", "v"),
+    ("query_proj", "value_proj"),
+    ("q_lin", "v_lin"),
+)
+# Query, key and value in one weight, in this order: timm's ViTs; ModernBERT; GPT-2.
+FUSED_NAMES = ("qkv", "Wqkv", "c_attn")
+# Output layers that come pretrained with a language model, so that they are no task head.
+LANGUAGE_MODEL_HEADS = ("lm_head", "embed_out", "output_projection")
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What was put into a model and what is trained; its string is one line for people.
+
+    Attributes:
+        layers: Groups of projections that share a rank.
+        projections: Adapted weight matrices; a fused projection counts once for each adapted slice.
+        adapter_parameters: Entries of ``lora_A`` and ``lora_B`` at the maximum rank.
+        head_parameters: Other trainable entries.
+        total_parameters: All entries of the model.
+        head: Names of the modules trained in full.
+    """
+
+    layers: int
+    projections: int
+    adapter_parameters: int
+    head_parameters: int
+    total_parameters: int
+    head: tuple[str, ...]
+
+    @property
+    def trainable_share(self) -> float:
+        """Trainable share of all parameters, in [0, 1]."""
+        return (self.adapter_parameters + self.head_parameters) / self.total_parameters
+
+    def __str__(self) -> str:
+        head = f" + {self.head_parameters:,} in {', '.join(self.head)}" if self.head else ""
+        return (
+            f"{self.layers} layers, {self.projections} projections adapted; "
+            f"trainable: {self.adapter_parameters:,} in adapters{head}, "
+            f"{self.trainable_share:.2%} of {self.total_parameters:,} parameters"
+        )
+
+
+def lora_layers(model: nn.Module) -> dict[str, TruncatedLoRALinear]:
+    """The model's low-rank layers by name, in the order of ``model.named_modules()``."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TruncatedLoRALinear)}
+
+
+def add_lora(
+    model: nn.Module,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> AdapterSummary:
+    """Put a :class:`TruncatedLoRALinear` around every target, freeze the rest, keep the head trainable; in place.
+
+    Args:
+        model: Any module. A model on the meta device can be adapted, too.
+        rank: Maximum rank of a projection.
+        alpha: The adapters are scaled by ``alpha / rank``.
+        dropout: Dropout on the adapters' input.
+        target_modules: Names of linear modules (``"query"`` matches every module of that name, ``"layer.3.query"`` a
+            longer part of the name) or a regular expression that matches whole names. A named projection is adapted
+            whole. By default query and value are found by the names the model families use, and of fused projections
+            (``qkv``, ``Wqkv``, ``c_attn``) only the query and value slices are adapted.
+        modules_to_save: Names of the modules that are trained in full. By default the task head: the modules that
+            stand beside the adapted backbone and hold a linear layer, as far as they are not frozen already. An empty
+            list trains adapters only.
+        device: Device of the adapters; by default that of the weight they adapt.
+        dtype: Type of the adapters' parameters, also over a base of lower precision.
+
+    Returns:
+        A summary: ``print(add_lora(model))``.
+
+    Raises:
+        ValueError: The model is adapted already; nothing was found for ``target_modules`` or ``modules_to_save``; a
+            target shares its weight with another module; rank, alpha or dropout is out of range. The model is
+            unchanged then.
+        TypeError: A target is not a linear module.
+    """
+    if lora_layers(model):
+        raise ValueError("Expected a model without LoRA layers but it has some already; add_lora adapts a model once.")
+    modules = dict(model.named_modules())
+    targets = _find_targets(modules, target_modules)
+    _refuse_tied_weights(model, targets)
+    if modules_to_save is None:
+        head = _find_head(modules, targets)
+    else:
+        head = _match("modules_to_save", modules, modules_to_save)
+    trained = [p for name in head for p in modules[name].parameters() if p.requires_grad or modules_to_save is not None]
+    adapted = {}
+    for name, out_slices in targets.items():
+        try:
+            adapted[name] = TruncatedLoRALinear(modules[name], rank, alpha, dropout, out_slices, device, dtype)
+        except ValueError as error:
+            raise ValueError(f"Cannot adapt {name}. {error}") from error
+
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    for name, layer in adapted.items():
+        model.set_submodule(name, layer)
+    return summarize(model)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Fold every adapter into its base weight; see :meth:`TruncatedLoRALinear.merge`."""
+    for layer in require_lora_layers(model).values():
+        layer.merge()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Restore every base weight bit for bit; see :meth:`TruncatedLoRALinear.unmerge`."""
+    for layer in require_lora_layers(model).values():
+        layer.unmerge()
+
+
+def trim_lora(model: nn.Module) -> None:
+    """Cut every adapter to its rank in force; see :meth:`TruncatedLoRALinear.trim`."""
+    for layer in require_lora_layers(model).values():
+        layer.trim()
+
+
+def summarize(model: nn.Module, group_by: GroupBy = "block") -> AdapterSummary:
+    """Count what an adapted model trains."""
+    layers = require_lora_layers(model)
+    adapters = {id(p): p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
+    named = list(model.named_parameters())
+    head = [(name, p) for name, p in named if p.requires_grad and id(p) not in adapters]
+    return AdapterSummary(
+        layers=len(group_names(layers, group_by)),
+        projections=sum(len(layer.out_slices) for layer in layers.values()),
+        adapter_parameters=sum(p.numel() for p in adapters.values()),
+        head_parameters=sum(p.numel() for _, p in head),
+        total_parameters=sum(p.numel() for _, p in named),
+        head=tuple(dict.fromkeys(name.rpartition(".")[0] for name, _ in head)),
+    )
+
+
+def group_names(names: Iterable[str], group_by: GroupBy = "block") -> dict[str, list[str]]:
+    """Which projections share a rank: layer name to the names of its projections.
+
+    Args:
+        names: Names of the projections.
+        group_by: ``"block"``: the name up to its first index, so that a transformer block is a layer; an index that
+            all names share tells nothing and is passed over. ``"parent"``: the module that holds the projection, so
+            that an attention is a layer. ``"module"``: every projection is a layer. Or a function from a projection's
+            name to its layer's.
+
+    Raises:
+        ValueError: group_by is none of these.
+
+    >>> list(group_names(["encoder.layer.0.attention.query", "encoder.layer.1.attention.query"]))
+    ['encoder.layer.0', 'encoder.layer.1']
+    """
+    names = list(names)
+    if callable(group_by):
+        key = group_by
+    elif group_by == "block":
+        key = functools.partial(_block, shared=len(shared_parts(names)))
+    elif group_by == "parent":
+        key = _parent
+    elif group_by == "module":
+        key = str
+    else:
+        raise ValueError(f'Expected group_by to be "block", "parent", "module" or a function but got {group_by!r}.')
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(str(key(name)), []).append(name)
+    return groups
+
+
+def shared_parts(names: Iterable[str]) -> list[str]:
+    """The parts that all dotted names have in common at the front.
+
+    >>> shared_parts(["encoder.layer.0.query", "encoder.layer.1.query"])
+    ['encoder', 'layer']
+    """
+    columns = zip(*(name.split(".") for name in names), strict=False)
+    return [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
+
+
+def require_lora_layers(model: nn.Module) -> dict[str, TruncatedLoRALinear]:
+    """Like :func:`lora_layers`, for callers that cannot do without.
+
+    Raises:
+        ValueError: The model has no LoRA layers.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise ValueError("Expected a model with LoRA layers but it has none; call add_lora(model) first.")
+    return layers
+
+
+def _block(name: str, shared: int) -> str:
+    parts = name.split(".")
+    indices = [i for i, part in enumerate(parts) if part.isdigit()]
+    first = next((i for i in indices if i >= shared), indices[0] if indices else len(parts) - 1)
+    return ".".join(parts[: first + 1])
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _find_targets(
+    modules: dict[str, nn.Module], target_modules: Sequence[str] | str | None
+) -> dict[str, list[tuple[int, int]] | None]:
+    """Names of the modules to adapt, with the slices of their outputs (None: whole)."""
+    if target_modules is None:
+        targets = _query_and_value(modules)
+        if not targets:
+            raise ValueError(
+                "Expected to find query and value projections by the usual names but found none; name the layers to "
+                f"adapt with target_modules. {_linear_layers_seen(modules)}"
+            )
+        return targets
+    matched = _match("target_modules", modules, target_modules)
+    wrong = [f"{name} ({type(modules[name]).__name__})" for name in matched if not is_linear(modules[name])]
+    if wrong:
+        raise TypeError(f"Expected target_modules to match nn.Linear or Conv1D only but they match {', '.join(wrong)}.")
+    return dict.fromkeys(matched)
+
+
+def _query_and_value(modules: dict[str, nn.Module]) -> dict[str, list[tuple[int, int]] | None]:
+    linear = {name for name, module in modules.items() if is_linear(module)}
+    targets: dict[str, list[tuple[int, int]] | None] = {}
+    for name in filter(linear.__contains__, modules):
+        prefix, dot, child = name.rpartition(".")
+        if child in FUSED_NAMES:
+            out_features, in_features = linear_weight(modules[name]).shape
+            # Other proportions hold something else: GPT-2's cross-attention fuses key and value only.
+            if out_features == 3 * in_features:
+                targets[name] = [(0, in_features), (2 * in_features, 3 * in_features)]
+        elif any(child in pair and all(prefix + dot + other in linear for other in pair) for pair in QUERY_VALUE_NAMES):
+            targets[name] = None
+    return targets
+
+
+def _find_head(modules: dict[str, nn.Module], targets: Iterable[str]) -> list[str]:
+    """The task head: what stands beside the adapted backbone and holds a linear layer.
+
+    Goes down from the root, along the modules that hold all targets, to the first one with such a part.
+    """
+    paths = [name.split(".") for name in targets]
+    for depth in range(len(shared_parts(map(_parent, targets))) + 1):
+        here = ".".join(paths[0][:depth])
+        beside = [
+            name
+            for name, module in modules[here].named_children()
+            if name not in {path[depth] for path in paths} and any(map(is_linear, module.modules()))
+        ]
+        if beside:
+            prefix = here + "." if here else ""
+            return [prefix + name for name in beside if name not in LANGUAGE_MODEL_HEADS]
+    raise ValueError(
+        "Expected to find a task head beside the adapted layers but found none; name the modules to train in full with "
+        f"modules_to_save, or give an empty list to train adapters only. {_linear_layers_seen(modules)}"
+    )
+
+
+def _match(argument: str, modules: dict[str, nn.Module], wanted: Sequence[str] | str) -> list[str]:
+    """Names that a regular expression matches whole or that end in one of the given names."""
+    if isinstance(wanted, str):
+        matched = [name for name in modules if re.fullmatch(wanted, name)]
+        missing = [] if matched else [wanted]
+    else:
+        matched = [name for name in modules if any(("." + name).endswith("." + end) for end in wanted)]
+        missing = [end for end in wanted if not any(("." + name).endswith("." + end) for name in matched)]
+    if missing:
+        raise ValueError(
+            f"Expected {argument} to match modules but nothing matches {', '.join(map(repr, missing))}. "
+            + _linear_layers_seen(modules)
+        )
+    return matched
+
+
+def _linear_layers_seen(modules: dict[str, nn.Module]) -> str:
+    """The model's linear layers for an error message; indices are folded, so that a deep model stays readable."""
+    kinds: dict[str, int] = {}
+    for name, module in modules.items():
+        if is_linear(module):
+            kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+            kinds[kind] = kinds.get(kind, 0) + 1
+    seen = ", ".join(f"{kind} ({count} times)" if count > 1 else kind for kind, count in kinds.items())
+    return f"Linear layers seen: {seen or 'none'}."
+
+
+def _refuse_tied_weights(model: nn.Module, targets: Iterable[str]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(_parent(name))
+    for names in owners.values():
+        if len(names) > 1 and not set(names).isdisjoint(targets):
+            raise ValueError(
+                f"Expected the weights of targets to be their own but {' and '.join(names)} share one; "
+                "leave them out of target_modules or untie them."
+            )

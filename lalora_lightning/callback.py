@@ -1,0 +1,288 @@
+"""LaLoraCallback: says when the rank allocator acts, logs its ranks and keeps its state in checkpoints."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
+
+from lalora_lightning.adapters import GroupBy, add_lora, lora_layers, summarize
+from lalora_lightning.allocator import Contribution, ContributionScale, Growth, RankAllocator, check_settings
+from lalora_lightning.checkpoint import adapter_keys, missing_keys
+from lalora_lightning.layers import is_linear
+
+# Readings kept for the picture; beyond that every second one is dropped, so that a long run's memory stays flat.
+_MOST_READINGS = 2000
+
+
+class LaLoraCallback(pl.Callback):
+    """Layer-wise adaptive low-rank fine-tuning of any LightningModule: ``Trainer(callbacks=[LaLoraCallback()])``.
+
+    La-LoRA (Gu et al., Neural Networks 194, 2025, 108095). At ``setup`` the query and value projections get low-rank
+    adapters, the backbone is frozen and the task head stays trainable, unless the module was adapted with
+    :func:`lalora_lightning.add_lora` before. After every optimizer step, never after a batch alone, a
+    :class:`RankAllocator` decides the rank of every layer.
+
+    At the Trainer's logging steps the keys ``rank/<layer>``, ``rank/total`` and ``rank/budget`` go to all its loggers,
+    and the total to the progress bar; a TensorBoard logger also gets a picture of the trajectories after fit. Only
+    then are numbers asked from the device.
+
+    A LightningModule that builds its model in ``setup`` or ``configure_model`` calls ``add_lora`` itself, there.
+
+    Args:
+        rank: Maximum rank of a projection. The arguments from ``gamma`` on are explained at :class:`RankAllocator`.
+        alpha: The adapters are scaled by ``alpha / rank``.
+        dropout: Dropout on the adapters' input.
+        target_modules: Names or a regular expression, see :func:`add_lora`; by default query and value.
+        modules_to_save: Names of the modules trained in full; by default the task head.
+        gamma: How strongly growth of the adapters grows the budget; 2 fills it when they have grown by sqrt(rank).
+        contribution: What a layer's share follows: "norm" or "fisher" (averaged squared gradients).
+        contribution_scale: "relative" or "absolute" (the paper's letter, where one layer takes everything).
+        temperature: Above 1 makes the layers' shares more equal, below 1 less.
+        growth: "matched" or "stored" (the paper's letter, where the budget can oscillate).
+        gradual_budget: False gives the whole budget from the start.
+        fidelity: False leaves out the share of the norm that truncation keeps.
+        average_rank: The budget ends at this many ranks a layer; by default at the maximum rank.
+        group_by: Projections that share a rank: "block", "parent" (an attention), "module", or a function from a
+            projection's name to its layer's.
+        interval: Optimizer steps between decisions.
+        freeze_after: Optimizer steps (an integer) or a fraction of the run (a float in [0, 1]) after which the ranks
+            stay as they are.
+        save_adapter_only: Keep the frozen backbone out of the Trainer's checkpoints.
+
+    Attributes:
+        allocator: The :class:`RankAllocator`, from the start of fit on.
+        history: ``(step, ranks, budget)`` at each logging step.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        target_modules: Sequence[str] | str | None = None,
+        modules_to_save: Sequence[str] | None = None,
+        gamma: float = 2.0,
+        contribution: Contribution = "norm",
+        contribution_scale: ContributionScale = "relative",
+        temperature: float = 1.0,
+        growth: Growth = "matched",
+        gradual_budget: bool = True,
+        fidelity: bool = True,
+        average_rank: float | None = None,
+        group_by: GroupBy = "block",
+        interval: int = 1,
+        freeze_after: int | float | None = None,
+        save_adapter_only: bool = False,
+    ) -> None:
+        check_settings(gamma, contribution, contribution_scale, temperature, growth, interval, freeze_after)
+        if isinstance(freeze_after, float) and freeze_after > 1:
+            raise ValueError(
+                f"Expected freeze_after to be a number of steps (an integer) or a fraction in [0, 1] but got "
+                f"{freeze_after}."
+            )
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        self.target_modules = target_modules
+        self.modules_to_save = modules_to_save
+        self.gamma = gamma
+        self.contribution = contribution
+        self.contribution_scale = contribution_scale
+        self.temperature = temperature
+        self.growth = growth
+        self.gradual_budget = gradual_budget
+        self.fidelity = fidelity
+        self.average_rank = average_rank
+        self.group_by = group_by
+        self.interval = interval
+        self.freeze_after = freeze_after
+        self.save_adapter_only = save_adapter_only
+
+        self.allocator: RankAllocator | None = None
+        self.history: list[tuple[int, list[int], float]] = []
+        self._module: pl.LightningModule | None = None
+        self._last_step = 0
+        self._skipped = 0
+        self._restored: dict[str, Any] | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the layers in, early enough for the optimizer and for weights that are restored."""
+        # A module without linear layers builds its model later, and adapts it itself.
+        if not lora_layers(pl_module) and any(map(is_linear, pl_module.modules())):
+            add_lora(pl_module, self.rank, self.alpha, self.dropout, self.target_modules, self.modules_to_save)
+            rank_zero_info(f"La-LoRA: {summarize(pl_module, self.group_by)}")
+        if self.save_adapter_only:
+            pl_module.strict_loading = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not lora_layers(pl_module):
+            raise RuntimeError(
+                "Expected the LightningModule to have LoRA layers when fit starts but it has none. A module that "
+                "builds its model in setup() or configure_model() has to call add_lora(self) at the end of it."
+            )
+        self._require_optimized(trainer, pl_module)
+        if self.allocator is None or self._module is not pl_module:
+            self._module = pl_module
+            self.allocator = self._build_allocator(trainer, pl_module)
+            self._last_step = trainer.global_step
+        if self._restored is not None:
+            self.load_state_dict(self._restored)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._read(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        assert self.allocator is not None
+        self.allocator.observe_gradients()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # This hook fires after every batch: also while gradients accumulate and when training_step returned None.
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        assert self.allocator is not None
+        self.allocator.step()
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and trainer.global_step % every == 0:
+            total = self._report(trainer)
+            # On the CPU already, so that the progress bar does not ask the device for it at every refresh.
+            pl_module.log("rank/total", torch.tensor(float(total)), prog_bar=True, logger=False, on_step=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.history[-1][0] != trainer.global_step:
+            self._report(trainer)
+        if not trainer.is_global_zero or find_spec("matplotlib") is None:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("rank/trajectories", self.plot(), trainer.global_step)
+
+    def plot(self) -> Any:
+        """The rank trajectories so far as a matplotlib Figure, see :func:`plotting.plot_rank_trajectories`."""
+        from lalora_lightning.plotting import plot_rank_trajectories
+
+        if self.allocator is None or not self.history:
+            raise RuntimeError("Expected a run to plot but fit has not started.")
+        steps, ranks, budgets = zip(*self.history, strict=True)
+        return plot_rank_trajectories(steps, ranks, self.allocator.layer_names, budgets, self.allocator.max_rank)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.allocator is None:
+            return self._restored or {}
+        return {
+            "allocator": self.allocator.state_dict(),
+            "last_step": self._last_step,
+            "history": [[step, ranks, budget] for step, ranks, budget in self.history],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state, now or, before fit has built the allocator, as soon as it has."""
+        if self.allocator is None:
+            self._restored = state_dict or None
+            return
+        self._restored = None
+        self.allocator.load_state_dict(state_dict["allocator"])
+        self._last_step = state_dict["last_step"]
+        self._skipped = int(self.allocator.skipped)
+        self.history = [(step, list(ranks), budget) for step, ranks, budget in state_dict["history"]]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self.save_adapter_only:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {key: state[key] for key in adapter_keys(pl_module) if key in state}
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        problems = missing_keys(adapter_keys(pl_module), checkpoint["state_dict"])
+        if problems:
+            raise ValueError(f"Cannot resume from the checkpoint: {problems[0]}.")
+
+    def _build_allocator(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RankAllocator:
+        freeze_after = self.freeze_after
+        if isinstance(freeze_after, float):
+            steps = trainer.estimated_stepping_batches
+            if steps == float("inf"):
+                raise ValueError(
+                    f"Expected a run of known length for freeze_after={freeze_after} but it has none; set max_steps or "
+                    "max_epochs, or give freeze_after as a number of steps."
+                )
+            freeze_after = int(freeze_after * steps)
+        return RankAllocator(
+            pl_module,
+            gamma=self.gamma,
+            contribution=self.contribution,
+            contribution_scale=self.contribution_scale,
+            temperature=self.temperature,
+            growth=self.growth,
+            gradual_budget=self.gradual_budget,
+            fidelity=self.fidelity,
+            average_rank=self.average_rank,
+            group_by=self.group_by,
+            interval=self.interval,
+            freeze_after=freeze_after,
+        )
+
+    def _require_optimized(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Adapters that no optimizer holds would silently stay at their start."""
+        optimized = {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
+        # Strategies that flatten or shard give the optimizer parameters of their own: nothing can be told then.
+        if not any(id(p) in optimized for p in pl_module.parameters()):
+            return
+        forgotten = [
+            f"{name}.{factor}"
+            for name, layer in lora_layers(pl_module).items()
+            for factor in ("lora_A", "lora_B")
+            if getattr(layer, factor).requires_grad and id(getattr(layer, factor)) not in optimized
+        ]
+        if forgotten:
+            raise RuntimeError(
+                f"Expected the optimizers to hold all adapter parameters but they lack {len(forgotten)}, "
+                f"{forgotten[0]} the first. Build them in configure_optimizers() from self.parameters()."
+            )
+
+    def _read(self, trainer: pl.Trainer) -> tuple[list[int], float]:
+        """Copy ranks, budget and the count of skipped steps from the device, in one go, and remember them."""
+        allocator = self.allocator
+        assert allocator is not None
+        *ranks, budget, skipped = torch.cat(
+            [allocator.ranks.float(), allocator.budget.float().view(1), allocator.skipped.float().view(1)]
+        ).tolist()
+        if skipped > self._skipped:
+            rank_zero_warn(
+                f"La-LoRA: {int(skipped) - self._skipped} optimizer steps since the last report left weights that are "
+                "NaN or Inf; ranks and budget stayed as they were."
+            )
+            self._skipped = int(skipped)
+        reading = (trainer.global_step, [int(rank) for rank in ranks], budget)
+        if self.history and self.history[-1][0] == trainer.global_step:
+            self.history.pop()
+        self.history.append(reading)
+        if len(self.history) > _MOST_READINGS:
+            del self.history[1:-1:2]
+        return reading[1], budget
+
+    def _report(self, trainer: pl.Trainer) -> int:
+        """Read the ranks and give them to all loggers; returns the total rank."""
+        assert self.allocator is not None
+        ranks, budget = self._read(trainer)
+        metrics = {f"rank/{name}": float(rank) for name, rank in zip(self.allocator.layer_names, ranks, strict=True)}
+        metrics |= {"rank/total": float(sum(ranks)), "rank/budget": budget}
+        for logger in trainer.loggers:
+            # Lightning counts the steps of what it logs from zero.
+            logger.log_metrics(metrics, step=trainer.global_step - 1)
+        return sum(ranks)

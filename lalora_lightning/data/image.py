@@ -1,0 +1,146 @@
+"""Images with labels, from the Hub or from a folder."""
+
+import functools
+from typing import Any
+
+import datasets
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+
+class ImageDataModule(LightningDataModule):
+    """An image data set in the layout of the Hub: an image column and a label column.
+
+    Batches are ``(images, labels)``: ``(N, 3, image_size, image_size)`` float32 in [0, 1] and ``(N,)`` int64. Training
+    images are flipped at random. Where the data set has no validation split, one is held out of the training split;
+    where it has no test split, the validation split takes its place.
+
+    Args:
+        path: Name of a data set on the Hub, or a folder: parquet files in the Hub's layout, or images in one folder a
+            class.
+        label_column: By default the column of class labels; of several the one with most classes.
+        image_size: Side of the square that images are resized to, in pixels.
+        batch_size: Images in a batch, on each device.
+        val_fraction: Share of the training split held out, in (0, 1).
+        num_workers: Processes that decode images.
+        seed: Of the held-out split.
+
+    Raises:
+        FileNotFoundError: From ``num_classes``, ``prepare_data`` and ``setup``: the data set cannot be reached or found,
+            or it lacks a train split, an image column or a label column.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        label_column: str | None = None,
+        image_size: int = 224,
+        batch_size: int = 64,
+        val_fraction: float = 0.1,
+        num_workers: int = 4,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.path = path
+        self.label_column = label_column
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.val_fraction = val_fraction
+        self.num_workers = num_workers
+        self.seed = seed
+        self._splits: dict[str, datasets.Dataset] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the data set; loads it where that has not happened yet."""
+        self.prepare_data()
+        features = self._load()["train"].features
+        return features[self._label_column(features)].num_classes
+
+    def prepare_data(self) -> None:
+        self._load()
+
+    def setup(self, stage: str) -> None:
+        if self._splits is not None:
+            return
+        loaded = self._load()
+        features = loaded["train"].features
+        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        if not images:
+            raise FileNotFoundError(f"Expected {self.path} to have an image column but its columns are {features}.")
+        self._columns = images[0], self._label_column(features)
+        if "validation" not in loaded:
+            halves = loaded["train"].train_test_split(self.val_fraction, seed=self.seed)
+            loaded |= {"train": halves["train"], "validation": halves["test"]}
+        loaded.setdefault("test", loaded["validation"])
+        self._splits = loaded
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader("train", train=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader("test")
+
+    def _load(self) -> dict[str, datasets.Dataset]:
+        try:
+            loaded = datasets.load_dataset(self.path)
+        except (OSError, ValueError) as error:
+            # datasets and huggingface_hub raise many kinds of both: unreachable, offline, not found, no data files.
+            raise FileNotFoundError(
+                f"Cannot load the data set {self.path!r} ({_first_line(error)}). Without a network, give --data.path a "
+                "local folder of parquet files or class folders."
+            ) from error
+        if "train" not in loaded:
+            raise FileNotFoundError(
+                f"Expected {self.path} to have a train split but its splits are {', '.join(loaded)}."
+            )
+        return dict(loaded)
+
+    def _label_column(self, features: datasets.Features) -> str:
+        labels = {name: f.num_classes for name, f in features.items() if isinstance(f, datasets.ClassLabel)}
+        wanted = (
+            self.label_column if self.label_column is not None else max(labels, key=labels.__getitem__, default=None)
+        )
+        if wanted not in labels:
+            raise FileNotFoundError(
+                f"Expected {self.path} to have {'a' if wanted is None else repr(wanted) + ' as a'} column of class labels "
+                f"but its columns are {', '.join(features)}, of which {', '.join(labels) or 'none'} hold class labels."
+            )
+        return wanted
+
+    def _loader(self, split: str, train: bool = False) -> DataLoader:
+        assert self._splits is not None
+        transform = v2.Compose(
+            [
+                v2.ToImage(),
+                v2.RGB(),
+                v2.Resize((self.image_size, self.image_size), antialias=True),
+                v2.RandomHorizontalFlip(0.5 if train else 0.0),
+                v2.ToDtype(torch.float32, scale=True),
+            ]
+        )
+        return DataLoader(
+            self._splits[split],  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            shuffle=train,
+            num_workers=self.num_workers,
+            collate_fn=functools.partial(_collate, transform=transform, columns=self._columns),
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def _collate(rows: list[dict[str, Any]], transform: v2.Compose, columns: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    image, label = columns
+    return torch.stack([transform(row[image]) for row in rows]), torch.tensor([row[label] for row in rows])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,378 @@
+"""TruncatedLoRALinear: a linear layer with a low-rank adapter whose rank in force is a mask."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module computes ``x @ W.T + b`` and nothing else: ``nn.Linear`` or transformers' ``Conv1D``."""
+    return type(module).forward is nn.Linear.forward or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' ``Conv1D`` (GPT-2), a linear layer that stores its weight as ``(d, m)``."""
+    # By name: loading transformers only to ask this question would cost every user seconds.
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def linear_weight(module: nn.Module) -> Tensor:
+    """The weight of a linear module as ``(m, d)``; for ``Conv1D`` a transposed view."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if is_conv1d(module) else weight
+
+
+class TruncatedLoRALinear(nn.Module):
+    r"""Linear layer with a low-rank adapter, of which only the first ``rank`` components are in force.
+
+    ``h = W_0 x + b + (alpha / r) * B_r' A_r' x`` (La-LoRA, Neural Networks 194, 2025, 108095, Eq. 4), where ``A_r'``
+    and ``B_r'`` are the first ``r'`` rows of ``lora_A`` and columns of ``lora_B``. The matrices are stored at the
+    maximum rank ``r``; truncation is a mask on the device, so that changing the rank changes no shape, recompiles
+    nothing and synchronises nothing. The components beyond ``r'`` keep their values and get zero gradients.
+
+    ``lora_B`` starts at zero: a fresh layer computes exactly what its base layer computes.
+
+    A fused projection can be adapted in slices of its output features only (``out_slices``): ``lora_A`` and
+    ``lora_B`` then hold one adapter of rank ``r`` per slice, stacked along their rows.
+
+    Args:
+        base_layer: The frozen ``nn.Linear`` or transformers ``Conv1D`` with weight ``W_0`` (m x d).
+        rank: The maximum rank ``r``, from 1 to min(m, d).
+        alpha: The adapter is scaled by ``alpha / rank``, whatever the rank in force.
+        dropout: Probability of dropping an entry of the adapter's input while training.
+        out_slices: ``(start, stop)`` ranges of output features to adapt; by default all of them as one.
+        device: Device of the adapter; by default the base weight's.
+        dtype: Type of the adapter's parameters. They are cast to the input's type for computing.
+
+    Attributes:
+        lora_A: ``(r, d)``, Kaiming uniform; ``(S r, d)`` for S slices.
+        lora_B: ``(m, r)``, zeros; ``(sum of the slices' widths, r)`` for slices.
+        rank: Integer scalar, the rank in force ``r'``; a persistent buffer. Starts at ``r``.
+
+    Raises:
+        TypeError: The base layer is not linear.
+        ValueError: rank, alpha, dropout or a slice is out of range.
+
+    >>> layer = TruncatedLoRALinear(nn.Linear(6, 4), rank=2, alpha=4.0)
+    >>> layer.set_rank(1)
+    >>> layer
+    TruncatedLoRALinear(
+      rank=1 of 2, scaling=2.0
+      (base_layer): Linear(in_features=6, out_features=4, bias=True)
+    )
+    """
+
+    rank: Tensor
+    rank_mask: Tensor
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        out_slices: Sequence[tuple[int, int]] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if not is_linear(base_layer):
+            raise TypeError(
+                f"Expected the base layer to be nn.Linear or transformers' Conv1D but got {type(base_layer).__name__}."
+            )
+        self.base_layer = base_layer
+        self.out_features, self.in_features = self.base_weight.shape
+        self.out_slices = tuple(out_slices or [(0, self.out_features)])
+        _check_settings(self, rank, alpha, dropout)
+        self.max_rank = rank
+        self.scaling = alpha / rank
+        self.dropout = dropout
+        self.merged = False
+        self._unmerged_weight: Tensor | None = None
+
+        device = self.base_weight.device if device is None else device
+        adapted = sum(stop - start for start, stop in self.out_slices)
+        self.lora_A = nn.Parameter(
+            torch.empty(len(self.out_slices) * rank, self.in_features, device=device, dtype=dtype)
+        )
+        self.lora_B = nn.Parameter(torch.empty(adapted, rank, device=device, dtype=dtype))
+        self.register_buffer("rank", torch.empty((), dtype=torch.long, device=device))
+        # Derived from `rank`, which the state dict holds. Boolean, so that no cast or average can blend it.
+        self.register_buffer("rank_mask", torch.empty(rank, dtype=torch.bool, device=device), persistent=False)
+        self.reset_parameters()
+        self.register_state_dict_pre_hook(_refuse_merged)
+        self.register_load_state_dict_post_hook(_rebuild_mask)
+
+    def reset_parameters(self) -> None:
+        """Start anew: ``lora_A`` Kaiming uniform (each row's norm is about 1/sqrt(3)), ``lora_B`` zero, full rank.
+
+        Also what a layer that was built on the meta device needs after ``to_empty``.
+        """
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+        self.set_rank(self.max_rank)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The base weight ``W_0`` as ``(m, d)``."""
+        return linear_weight(self.base_layer)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in effect, ``(m, d)``: correct for code that reads the weight instead of calling the layer."""
+        return self.base_weight if self.merged else self.base_weight + self.increment().to(self.base_weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias, ``(m,)``."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def set_rank(self, rank: int) -> None:
+        """Set the rank in force.
+
+        Raises:
+            ValueError: The rank is not in [1, max_rank].
+        """
+        if not 1 <= rank <= self.max_rank:
+            raise ValueError(f"Expected rank to be in [1, {self.max_rank}] but got {rank}.")
+        self.rank.fill_(rank)
+        self.rank_mask.copy_(torch.arange(self.max_rank, device=self.rank.device) < rank)
+
+    def split(self, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Views by slice of tensors shaped like ``lora_A`` and ``lora_B``: ``[(A (r, d), B (m_s, r)), ...]``."""
+        if len(self.out_slices) == 1:
+            return [(A, B)]
+        widths = [stop - start for start, stop in self.out_slices]
+        return list(zip(A.split(self.max_rank), B.split(widths), strict=True))
+
+    def increment(self) -> Tensor:
+        """The weight increment ``P = scaling * B_r' A_r'`` (m x d) at the rank in force, in float32 or wider."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        increment = torch.zeros(self.out_features, self.in_features, device=self.lora_A.device, dtype=dtype)
+        for (start, stop), (A, B) in zip(self.out_slices, self.split(self.lora_A, self.lora_B), strict=True):
+            increment[start:stop] = self.scaling * (B.to(dtype) * self.rank_mask) @ A.to(dtype)
+        return increment
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: ``(..., d)``.
+
+        Returns:
+            ``(..., m)`` in the input's type, or under autocast in autocast's.
+        """
+        device_type = x.device.type
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            # What autocast does to a linear layer, done here once: the backward needs the same casts again.
+            with torch.autocast(device_type, enabled=False):
+                return self._forward(x.to(dtype), dtype)
+        return self._forward(x, None)
+
+    def _forward(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        weight, bias = self.base_weight, self.bias
+        if dtype is not None:
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        if self.merged:
+            return F.linear(x, weight, bias)
+        lora_x = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
+        return _TruncatedLoRA.apply(
+            x, lora_x, weight, bias, self.lora_A, self.lora_B, self.rank_mask, self.scaling, self.out_slices
+        )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold the adapter into the base weight, in float32 and cast once; :meth:`unmerge` restores it bit for bit.
+
+        Raises:
+            RuntimeError: The layer is merged already.
+            ValueError: The merged weight would not be finite; nothing has changed then.
+        """
+        if self.merged:
+            raise RuntimeError("Expected an unmerged layer but it is merged already; call unmerge() first.")
+        increment = self.increment()
+        merged = (self.base_weight.to(increment.dtype) + increment).to(self.base_weight.dtype)
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"Expected the merged weight to be finite in {merged.dtype} but it has NaN or Inf.")
+        self._unmerged_weight = self.base_weight.clone()
+        self.base_weight.copy_(merged)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`: the base weight is again what it was, bit for bit.
+
+        Raises:
+            RuntimeError: The layer is not merged.
+        """
+        if self._unmerged_weight is None:
+            raise RuntimeError("Expected a merged layer but it is not merged; call merge() first.")
+        self.base_weight.copy_(self._unmerged_weight)
+        self._unmerged_weight = None
+        self.merged = False
+
+    @torch.no_grad()
+    def trim(self) -> None:
+        """Cut ``lora_A`` and ``lora_B`` to the rank in force: the same outputs from fewer parameters.
+
+        The parameters are new ones: an optimizer that held the old ones has to be built again.
+        """
+        rank = int(self.rank)
+        factors = self.split(self.lora_A, self.lora_B)
+        self.lora_A = nn.Parameter(torch.cat([A[:rank] for A, _ in factors]), self.lora_A.requires_grad)
+        self.lora_B = nn.Parameter(torch.cat([B[:, :rank] for _, B in factors]), self.lora_B.requires_grad)
+        self.max_rank = rank
+        self.rank_mask = self.rank_mask[:rank].clone()
+
+    def extra_repr(self) -> str:
+        rank = "?" if self.rank.is_meta else int(self.rank)
+        text = f"rank={rank} of {self.max_rank}, scaling={self.scaling}"
+        if self.out_slices != ((0, self.out_features),):
+            text += f", out_slices={self.out_slices}"
+        return text + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+class _TruncatedLoRA(torch.autograd.Function):
+    """``x W^T + b + scaling * lora_x (mask A)^T B^T`` as one node of the graph.
+
+    One node, because autograd over the separate operations would add full-size temporaries: here ``lora_B``
+    accumulates onto the base output and the backward onto the base's input gradient. The mask is applied to
+    ``lora_A``, which is smaller than the activations and has to be touched anyway where it is cast.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_x: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        rank_mask: Tensor,
+        scaling: float,
+        out_slices: tuple[tuple[int, int], ...],
+    ) -> Tensor:
+        A = (lora_A.view(-1, *rank_mask.shape, lora_A.shape[-1]) * rank_mask[:, None]).view(lora_A.shape).to(x.dtype)
+        B = lora_B.to(x.dtype)
+        out = F.linear(x, weight, bias)
+        hidden = _rows(x if lora_x is None else lora_x) @ A.T
+        for (out_i, B_i), hidden_i in zip(
+            _by_slice(_rows(out), B, out_slices), _chunks(hidden, out_slices), strict=True
+        ):
+            out_i.addmm_(hidden_i, B_i.T, alpha=scaling)
+
+        need_x, _, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
+        ctx.save_for_backward(
+            x if need_weight or (need_A and lora_x is None) else None,
+            lora_x if need_A else None,
+            weight if need_x else None,
+            A,
+            B,
+            hidden if need_B else None,
+            rank_mask,
+        )
+        ctx.scaling, ctx.out_slices = scaling, out_slices
+        ctx.in_shape, ctx.dropped = x.shape, lora_x is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_x, weight, A, B, hidden, rank_mask = ctx.saved_tensors
+        need_x, need_lora_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
+        scaling = ctx.scaling
+        g = _rows(grad_out)
+        grad_x = grad_lora_x = grad_weight = grad_bias = grad_A = grad_B = None
+
+        parts = _by_slice(g, B, ctx.out_slices)
+        # addmm with beta=0 is a scaled matrix product in one kernel; it does not read its first argument.
+        if need_B:
+            hiddens = _chunks(hidden, ctx.out_slices)
+            grad_B = _join(
+                [
+                    torch.addmm(B_i, g_i.T, h_i, beta=0, alpha=scaling)
+                    for (g_i, B_i), h_i in zip(parts, hiddens, strict=True)
+                ],
+                dim=0,
+            )
+        if need_A or need_x or need_lora_x:
+            grad_hidden = _join([g_i @ B_i for g_i, B_i in parts], dim=1)
+            if need_A:
+                adapter_in = _rows(lora_x if ctx.dropped else x)
+                grad_A = torch.addmm(A, grad_hidden.T, adapter_in, beta=0, alpha=scaling)
+                grad_A.view(-1, *rank_mask.shape, A.shape[-1]).mul_(rank_mask[:, None])
+            if need_x:
+                grad_x = g @ weight
+                if not ctx.dropped:
+                    grad_x.addmm_(grad_hidden, A, alpha=scaling)
+                grad_x = grad_x.view(ctx.in_shape)
+            if need_lora_x:
+                grad_lora_x = torch.addmm(A[:1], grad_hidden, A, beta=0, alpha=scaling).view(ctx.in_shape)
+        if need_weight:
+            grad_weight = g.T @ _rows(x)
+        if need_bias:
+            grad_bias = g.sum(0)
+        return grad_x, grad_lora_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _by_slice(out: Tensor, B: Tensor, out_slices: tuple[tuple[int, int], ...]) -> list[tuple[Tensor, Tensor]]:
+    """Views of the output's columns (N, m_s) and of B's rows (m_s, r), slice by slice."""
+    if out_slices == ((0, out.shape[1]),):
+        return [(out, B)]
+    widths = [stop - start for start, stop in out_slices]
+    return [(out[:, start:stop], B_i) for (start, stop), B_i in zip(out_slices, B.split(widths), strict=True)]
+
+
+def _chunks(hidden: Tensor, out_slices: tuple[tuple[int, int], ...]) -> Sequence[Tensor]:
+    """Views of the hidden factor's columns (N, r), slice by slice."""
+    return [hidden] if len(out_slices) == 1 else hidden.chunk(len(out_slices), dim=1)
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _check_settings(layer: TruncatedLoRALinear, rank: int, alpha: float, dropout: float) -> None:
+    end = 0
+    for start, stop in layer.out_slices:
+        if not end <= start < stop <= layer.out_features:
+            raise ValueError(
+                f"Expected out_slices to be rising, disjoint ranges in [0, {layer.out_features}] "
+                f"but got {layer.out_slices}."
+            )
+        end = stop
+    largest = min(layer.in_features, *(stop - start for start, stop in layer.out_slices))
+    if not 1 <= rank <= largest:
+        raise ValueError(
+            f"Expected rank to be in [1, {largest}], the smaller side of the weight it adapts, but got {rank}."
+        )
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"Expected alpha to be positive and finite but got {alpha}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"Expected dropout to be in [0, 1) but got {dropout}.")
+
+
+def _refuse_merged(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
+    assert isinstance(layer, TruncatedLoRALinear)
+    if layer.merged:
+        raise RuntimeError(
+            f"Expected {prefix.rstrip('.') or 'the layer'} to be unmerged when its state is taken, since loading would "
+            "add the adapter a second time; call unmerge_lora(model) first."
+        )
+
+
+def _rebuild_mask(layer: nn.Module, incompatible_keys: Any) -> None:
+    assert isinstance(layer, TruncatedLoRALinear)
+    layer.rank_mask = torch.arange(layer.max_rank, device=layer.rank.device) < layer.rank

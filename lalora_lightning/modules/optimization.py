@@ -1,0 +1,47 @@
+"""The optimizer and schedule that all task modules share."""
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def adamw_with_linear_decay(
+    module: LightningModule, learning_rate: float, weight_decay: float, warmup: float
+) -> OptimizerLRSchedulerConfig:
+    """AdamW over the trainable parameters; the learning rate warms up and falls linearly to zero, step by step.
+
+    Args:
+        module: Attached to a Trainer, which knows the length of the run.
+        learning_rate: Its peak.
+        weight_decay: Applied to matrices only: biases and norms are vectors.
+        warmup: Fraction of the run's optimizer steps in which the rate rises from zero, in [0, 1).
+
+    Raises:
+        ValueError: The run has no known length.
+    """
+    steps = module.trainer.estimated_stepping_batches
+    if steps == float("inf"):
+        raise ValueError(
+            "Expected a run of known length for a linear decay but it has none; set max_steps or max_epochs."
+        )
+    warmup_steps = int(warmup * steps)
+
+    def rate(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        return max(0.0, (steps - step) / max(1, steps - warmup_steps))
+
+    optimizer = AdamW(parameter_groups(module, weight_decay), lr=learning_rate)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, rate), "interval": "step"}}
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """The trainable parameters in two groups: matrices with weight decay, vectors without."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,1 @@
+"""Runnable recipes, one a data set: ``python -m recipes.digits``."""

@@ -1,0 +1,51 @@
+import pytest
+import torch
+from torch import nn
+
+from lalora_lightning import TruncatedLoRALinear, add_lora
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = self.query(x) @ self.key(x).transpose(-1, -2) / x.shape[-1] ** 0.5
+        return x + scores.softmax(-1) @ self.value(x)
+
+
+class TinyTransformer(nn.Module):
+    """Attention blocks, mean over the sequence, a head: (N, T, width) to (N, classes)."""
+
+    def __init__(self, depth: int = 3, width: int = 8, classes: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Attention(width) for _ in range(depth))
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model() -> TinyTransformer:
+    return TinyTransformer()
+
+
+@pytest.fixture
+def adapted(model: TinyTransformer) -> TinyTransformer:
+    """Three layers of query and value at rank 4, with adapters that do something."""
+    add_lora(model, rank=4, alpha=8.0)
+    for module in model.modules():
+        if isinstance(module, TruncatedLoRALinear):
+            nn.init.normal_(module.lora_B, std=0.2)
+    return model
