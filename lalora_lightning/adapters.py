@@ -303,14 +303,13 @@ def _match(argument: str, modules: dict[str, nn.Module], wanted: Sequence[str] |
 
 
 def _linear_layers_seen(modules: dict[str, nn.Module]) -> str:
-    """The model's linear layers for an error message; indices are folded, so that a deep model stays readable."""
-    kinds: dict[str, int] = {}
+    """The model's linear layers for an error message; those that differ in an index only are folded."""
+    kinds: dict[str, list[str]] = {}
     for name, module in modules.items():
         if is_linear(module):
-            kind = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
-            kinds[kind] = kinds.get(kind, 0) + 1
-    seen = ", ".join(f"{kind} ({count} times)" if count > 1 else kind for kind, count in kinds.items())
-    return f"Linear layers seen: {seen or 'none'}."
+            kinds.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    seen = [names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})" for names in kinds.values()]
+    return f"Linear layers seen: {', '.join(seen) or 'none'}."
 
 
 def _refuse_tied_weights(model: nn.Module, targets: Iterable[str]) -> None:

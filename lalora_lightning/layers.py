@@ -125,8 +125,15 @@ class TruncatedLoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight in effect, ``(m, d)``: correct for code that reads the weight instead of calling the layer."""
-        return self.base_weight if self.merged else self.base_weight + self.increment().to(self.base_weight.dtype)
+        """The weight in effect, ``(m, d)``, added in float32 or wider and cast once.
+
+        For code that reads a layer's weight instead of calling the layer.
+        """
+        base_weight = self.base_weight
+        if self.merged:
+            return base_weight
+        increment = self.increment()
+        return (base_weight.to(increment.dtype) + increment).to(base_weight.dtype)
 
     @property
     def bias(self) -> Tensor | None:
@@ -197,8 +204,7 @@ class TruncatedLoRALinear(nn.Module):
         """
         if self.merged:
             raise RuntimeError("Expected an unmerged layer but it is merged already; call unmerge() first.")
-        increment = self.increment()
-        merged = (self.base_weight.to(increment.dtype) + increment).to(self.base_weight.dtype)
+        merged = self.weight
         if not torch.isfinite(merged).all():
             raise ValueError(f"Expected the merged weight to be finite in {merged.dtype} but it has NaN or Inf.")
         self._unmerged_weight = self.base_weight.clone()

@@ -29,8 +29,8 @@ class ImageDataModule(LightningDataModule):
         seed: Of the held-out split.
 
     Raises:
-        FileNotFoundError: From ``num_classes``, ``prepare_data`` and ``setup``: the data set cannot be reached or found,
-            or it lacks a train split, an image column or a label column.
+        FileNotFoundError: From ``num_classes``, ``prepare_data`` and ``setup``: the data set cannot be reached or
+            found, or it lacks a train split, an image column or a label column.
     """
 
     def __init__(
@@ -109,9 +109,10 @@ class ImageDataModule(LightningDataModule):
             self.label_column if self.label_column is not None else max(labels, key=labels.__getitem__, default=None)
         )
         if wanted not in labels:
+            named = "a" if wanted is None else f"{wanted!r} as a"
             raise FileNotFoundError(
-                f"Expected {self.path} to have {'a' if wanted is None else repr(wanted) + ' as a'} column of class labels "
-                f"but its columns are {', '.join(features)}, of which {', '.join(labels) or 'none'} hold class labels."
+                f"Expected {self.path} to have {named} column of class labels but its columns are "
+                f"{', '.join(features)}, of which {', '.join(labels) or 'none'} hold class labels."
             )
         return wanted
 

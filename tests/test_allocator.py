@@ -1,0 +1,425 @@
+"""RankAllocator in a plain loop: hand-worked steps, every switch, state, and what is refused."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from lalora_lightning import RankAllocator, TruncatedLoRALinear, add_lora, lora_layers, trim_lora
+from tests.conftest import TinyTransformer
+
+
+class Projections(nn.Module):
+    """Layers whose component norms are set by hand: ``layers[i]`` has the norms of A and of B by component."""
+
+    def __init__(self, *layers: tuple[list[float], list[float]]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            TruncatedLoRALinear(nn.Linear(8, 8).requires_grad_(False), rank=len(a)) for a, _ in layers
+        )
+        for i, (a, b) in enumerate(layers):
+            self.set(i, a, b)
+
+    @torch.no_grad()
+    def set(self, i: int, a: list[float], b: list[float]) -> None:
+        layer = self.blocks[i]
+        layer.lora_A.zero_()
+        layer.lora_B.zero_()
+        for k, (norm_a, norm_b) in enumerate(zip(a, b, strict=True)):
+            layer.lora_A[k, k] = norm_a
+            layer.lora_B[k, k] = norm_b
+
+    def ranks(self) -> list[int]:
+        return [int(layer.rank) for layer in self.blocks]
+
+
+def test_a_step_by_hand():
+    """Two layers at r = 4 and gamma 2, started at rank 1, worked through Eqs. 7, 6, 5, 10, 9, 8."""
+    model = Projections(([1.0] * 4, [0.0] * 4), ([1.0] * 4, [0.0] * 4))
+    allocator = RankAllocator(model, gamma=2.0)
+    assert allocator.ranks.tolist() == [1, 1]
+    assert allocator.budget.item() == 2.0
+    # An optimizer step: B grows, in layer 0 to (3, 4, 0, 0), in layer 1 to (1, 0, 0, 0).
+    model.set(0, [1.0] * 4, [3.0, 4.0, 0.0, 0.0])
+    model.set(1, [1.0] * 4, [1.0, 0.0, 0.0, 0.0])
+    allocator.step()
+    # Values at rank 1: layer 0 from 1 to 1 + 3 = 4, growth 3; layer 1 from 1 to 1 + 1 = 2, growth 1; mean 2.
+    # Budget: 2 * (1 + 2 * 2) = 10, clamped to r L = 8.
+    assert allocator.budget.item() == 8.0
+    # f_A = 1 / 2 in both. Layer 0: f_B = 3 / 5, c = 3 / 2 + 3 / 5 * 1 = 2.1. Layer 1: f_B = 1, c = 1 / 2 + 1 = 1.5.
+    # Relative: 2.1 / 1.8, 1.5 / 1.8; softmax 1 / (1 + exp(-1/3)) = 0.58257, shares 4.6606 and 3.3394.
+    # Deserved min(3.66, 3) = 3 and 2.3394; total floor(5.34) = 5; ranks 1 + 3 and 1 + 2.
+    assert allocator.ranks.tolist() == [4, 3] == model.ranks()
+
+    # Another step: only layer 0 changes, its first A component to 2.
+    model.set(0, [2.0, 1.0, 1.0, 1.0], [3.0, 4.0, 0.0, 0.0])
+    allocator.step()
+    # Matched growth, layer 0 at rank 4: from (2 + 5) / 4 to (sqrt 7 + 5) / 4; layer 1 does not grow.
+    # The budget is full already, so that it stays.
+    assert allocator.budget.item() == 8.0
+
+
+def test_matched_growth_compares_values_at_the_rank_in_force():
+    model = Projections(([1.0] * 4, [0.0] * 4), ([1.0] * 4, [0.0] * 4))
+    matched = RankAllocator(model, gamma=1.0)
+    model.set(0, [1.0] * 4, [1.0] * 4)
+    model.set(1, [1.0] * 4, [1.0] * 4)
+    matched.step()
+    # Values from 1 to 2, growth 1: budget 2 * 2 = 4, ranks 2 and 2.
+    assert matched.budget.item() == 4.0
+    assert model.ranks() == [2, 2]
+    for i in (0, 1):
+        model.set(i, [1.1] * 4, [1.1] * 4)
+    matched.step()
+    # Everything grew by a tenth, whatever the rank: 4 * 1.1.
+    assert matched.budget.item() == pytest.approx(4.4)
+
+
+def test_stored_growth_reads_a_raised_rank_as_shrinking():
+    model = Projections(([1.0] * 4, [0.0] * 4), ([1.0] * 4, [0.0] * 4))
+    stored = RankAllocator(model, gamma=1.0, growth="stored")
+    for i in (0, 1):
+        model.set(i, [1.0] * 4, [1.0] * 4)
+    stored.step()
+    assert stored.budget.item() == 4.0
+    for i in (0, 1):
+        model.set(i, [1.1] * 4, [1.1] * 4)
+    stored.step()
+    # At rank 2 the value is 2 * 1.1 * sqrt 2 / 2 = 1.556, against 2 stored at rank 1: growth -0.222.
+    assert stored.budget.item() == pytest.approx(4 * (1.1 * math.sqrt(2) / 2))
+
+
+def grow(model: nn.Module, allocator: RankAllocator, steps: int, speed: Callable[[int], float]) -> list[list[int]]:
+    """Let B grow as an optimizer makes it grow, each layer at its own speed; ranks after each step."""
+    generator = torch.Generator().manual_seed(0)
+    layers = list(lora_layers(model).values())
+    directions = [torch.randn(layer.lora_B.shape, generator=generator) for layer in layers]
+    trajectory = []
+    for _ in range(steps):
+        with torch.no_grad():
+            for i, (layer, direction) in enumerate(zip(layers, directions, strict=True)):
+                # Gradients reach only the components in force.
+                layer.lora_B += speed(i) * direction * layer.rank_mask
+        allocator.step()
+        trajectory.append(allocator.ranks.tolist())
+    return trajectory
+
+
+def test_the_letters_growth_falls_into_a_limit_cycle_and_matched_growth_does_not():
+    """Reading 1: with a large gamma the stored values make the budget jump between its bounds."""
+    jumps = {}
+    for growth in ("stored", "matched"):
+        torch.manual_seed(0)
+        model = TinyTransformer(depth=6, width=16)
+        add_lora(model, rank=8)
+        allocator = RankAllocator(model, gamma=10.0, growth=growth)
+        totals = [sum(ranks) for ranks in grow(model, allocator, 60, lambda i: 0.02)]
+        jumps[growth] = sum(abs(b - a) > 24 for a, b in itertools.pairwise(totals[20:]))
+    assert jumps["stored"] >= 20
+    assert jumps["matched"] == 0
+
+
+def test_the_letters_contribution_lets_one_layer_take_everything_and_the_relative_one_does_not():
+    """Reading 2: absolute contributions grow with a layer's own rank, and the softmax feeds that back."""
+    final = {}
+    for scale in ("absolute", "relative"):
+        torch.manual_seed(0)
+        model = TinyTransformer(depth=12, width=16)
+        add_lora(model, rank=8)
+        allocator = RankAllocator(model, gamma=2.0, contribution_scale=scale)
+        final[scale] = grow(model, allocator, 300, lambda i: 0.002 * (1 + 0.1 * i))[-1]
+    assert sorted(final["absolute"]) == [1] * 11 + [8]
+    assert min(final["relative"]) >= 4
+    assert len(set(final["relative"])) > 1
+
+
+def test_ranks_never_exceed_the_budget_and_every_layer_keeps_one():
+    model = TinyTransformer(depth=5, width=16)
+    add_lora(model, rank=6)
+    allocator = RankAllocator(model, gamma=3.0)
+    for ranks in grow(model, allocator, 100, lambda i: 0.005 * (i + 1)):
+        assert min(ranks) >= 1
+        assert max(ranks) <= 6
+        assert sum(ranks) <= 30
+    assert sum(ranks) > 20
+
+
+def test_projections_of_a_layer_share_its_rank(adapted: TinyTransformer):
+    allocator = RankAllocator(adapted, gamma=3.0)
+    assert allocator.layer_names == ["blocks.0", "blocks.1", "blocks.2"]
+    grow(adapted, allocator, 10, lambda i: 0.02)
+    for block, rank in zip(adapted.blocks, allocator.ranks.tolist(), strict=True):
+        assert int(block.query.rank) == int(block.value.rank) == rank
+        assert block.query.rank_mask.tolist() == [k < rank for k in range(4)]
+
+
+def test_fused_slices_count_as_two_matrices():
+    """A fused projection gives the ranks that separate query and value with the same numbers give."""
+    torch.manual_seed(0)
+    fused = nn.ModuleList(
+        TruncatedLoRALinear(nn.Linear(8, 24), rank=4, out_slices=[(0, 8), (16, 24)]) for _ in range(2)
+    )
+    separate = nn.ModuleList(
+        nn.ModuleDict({name: TruncatedLoRALinear(nn.Linear(8, 8), rank=4) for name in ("query", "value")})
+        for _ in range(2)
+    )
+    allocators = RankAllocator(fused, gamma=5.0), RankAllocator(separate, gamma=5.0)
+    for scale in (1.0, 1.5, 2.0):
+        with torch.no_grad():
+            for i in range(2):
+                nn.init.normal_(fused[i].lora_A)
+                nn.init.normal_(fused[i].lora_B, std=scale + i)
+                for j, name in enumerate(("query", "value")):
+                    separate[i][name].lora_A.copy_(fused[i].lora_A[4 * j : 4 * j + 4])
+                    separate[i][name].lora_B.copy_(fused[i].lora_B[8 * j : 8 * j + 8])
+        for allocator in allocators:
+            allocator.step()
+    assert allocators[0].ranks.tolist() == allocators[1].ranks.tolist()
+    torch.testing.assert_close(allocators[0].budget, allocators[1].budget)
+
+
+def test_layers_of_unequal_shapes_and_numbers_of_matrices():
+    """A layer of four matrices contributes as one of two with the same norms: relative contributions are means."""
+
+    def block(*names: str, width: int) -> nn.ModuleDict:
+        return nn.ModuleDict({name: TruncatedLoRALinear(nn.Linear(width, width), rank=4) for name in names})
+
+    model = nn.ModuleList([block("q", "v", width=8), block("q", "v", "k", "o", width=12)])
+    for layer in lora_layers(model).values():
+        nn.init.zeros_(layer.lora_A)
+        for k in range(4):
+            layer.lora_A.data[k, k] = layer.lora_B.data[k, k] = 1.0
+    allocator = RankAllocator(model, gamma=0.0, average_rank=3, gradual_budget=False)
+    allocator.step()
+    assert allocator.ranks.tolist() == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "budget"),
+    [
+        ({}, [1, 1, 1], 3.0),
+        ({"gradual_budget": False}, [4, 4, 4], 12.0),
+        ({"gradual_budget": False, "average_rank": 2}, [2, 2, 2], 6.0),
+        ({"gradual_budget": False, "average_rank": 1.5}, [2, 1, 1], 4.5),
+    ],
+)
+def test_start(adapted: TinyTransformer, settings: dict, ranks: list[int], budget: float):
+    allocator = RankAllocator(adapted, **settings)
+    assert allocator.ranks.tolist() == ranks
+    assert [int(block.query.rank) for block in adapted.blocks] == ranks
+    assert allocator.budget.item() == budget
+
+
+def test_average_rank_caps_the_budget_and_not_a_layer():
+    model = Projections(*[([1.0] * 8, [0.1] * 8)] * 4)
+    allocator = RankAllocator(model, gamma=50.0, average_rank=3, temperature=0.2)
+    model.set(0, [1.0] * 8, [4.0] * 8)
+    for _ in range(3):
+        allocator.step()
+        model.set(1, [1.0] * 8, [1.0] * 8)
+    assert allocator.budget.item() == 12.0
+    assert allocator.ranks.sum() <= 12
+    assert allocator.ranks[0] > 3
+
+
+def test_gamma_zero_keeps_the_budget(adapted: TinyTransformer):
+    allocator = RankAllocator(adapted, gamma=0.0)
+    grow(adapted, allocator, 5, lambda i: 0.1)
+    assert allocator.budget.item() == 3.0
+    assert allocator.ranks.tolist() == [1, 1, 1]
+
+
+def test_fidelity_switch_changes_the_contribution():
+    ranks = {}
+    for fidelity in (True, False):
+        # Layer 0 has all its norm in the first component, layer 1 spreads it; the truncated norms are the same.
+        model = Projections(([1.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]), ([1.0] * 4, [1.0] * 4))
+        allocator = RankAllocator(model, gamma=2.0, fidelity=fidelity)
+        model.set(0, [1.5, 0.0, 0.0, 0.0], [1.5, 0.0, 0.0, 0.0])
+        model.set(1, [1.5] * 4, [1.5] * 4)
+        allocator.step()
+        ranks[fidelity] = allocator.ranks.tolist()
+    # Budget 2 * (1 + 2 * 0.5) = 4 in both. With fidelity 1 and 1/2 the contributions are 2 : 1, else equal.
+    assert ranks == {True: [3, 1], False: [2, 2]}
+
+
+def test_fisher_follows_squared_gradients_and_not_norms():
+    model = Projections(([1.0] * 4, [1.0] * 4), ([1.0] * 4, [1.0] * 4))
+    allocator = RankAllocator(model, gamma=0.0, contribution="fisher", gradual_budget=False, average_rank=2)
+    with pytest.raises(RuntimeError, match="observe_gradients"):
+        allocator.step()
+    assert allocator.steps == 0
+    for gradient in (1.0, 2.0):
+        for layer, factor in zip(model.blocks, (3.0, 1.0), strict=True):
+            layer.lora_A.grad = torch.full_like(layer.lora_A, gradient * factor)
+            layer.lora_B.grad = None
+        allocator.observe_gradients()
+    # 8 entries in a component: 0.9 * 0.1 * 8 g_1^2 + 0.1 * 8 g_2^2 = 8 * (0.09 + 0.4) = 3.92 for the second layer.
+    torch.testing.assert_close(allocator._fisher[0, 1, 0], torch.full((4,), 3.92))
+    torch.testing.assert_close(allocator._fisher[0, 0, 0], torch.full((4,), 9 * 3.92))
+    assert not allocator._fisher[1].any()
+    allocator.step()
+    # The norms are equal, the roots of the squared gradients 3 : 1: relative 1.5 and 0.5, shares 4 * 0.731, 4 * 0.269.
+    assert allocator.ranks.tolist() == [3, 1]
+
+
+def test_fisher_passes_over_gradients_that_are_not_finite(adapted: TinyTransformer):
+    allocator = RankAllocator(adapted, contribution="fisher")
+    for value in (1.0, float("inf"), float("nan")):
+        for layer in lora_layers(adapted).values():
+            layer.lora_A.grad, layer.lora_B.grad = torch.full_like(layer.lora_A, value), None
+        allocator.observe_gradients()
+    torch.testing.assert_close(allocator._fisher[0], torch.full((3, 2, 4), 0.1 * 8))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_change_nothing(adapted: TinyTransformer, bad: float):
+    allocator = RankAllocator(adapted, gamma=3.0)
+    grow(adapted, allocator, 5, lambda i: 0.05)
+    before = allocator.state_dict()
+    weight = adapted.blocks[1].value.lora_B
+    good = weight[2, 3].item()
+    weight.data[2, 3] = bad
+    allocator.step()
+    after = allocator.state_dict()
+    for key in ("ranks", "budget", "value"):
+        assert torch.equal(after[key], before[key])
+    assert after["skipped"] == 1
+    weight.data[2, 3] = good
+    allocator.step()
+    assert allocator.skipped == 1
+
+
+def test_interval_acts_at_every_nth_step(adapted: TinyTransformer):
+    allocator = RankAllocator(adapted, gamma=3.0, interval=3)
+    budgets = []
+    for _ in range(7):
+        grow(adapted, allocator, 1, lambda i: 0.05)
+        budgets.append(allocator.budget.item())
+    assert budgets[0] == budgets[1] == 3.0
+    assert budgets[2] == budgets[3] == budgets[4] > 3.0
+    assert budgets[5] == budgets[6] > budgets[4]
+
+
+def test_freeze_after_keeps_the_ranks(adapted: TinyTransformer):
+    allocator = RankAllocator(adapted, gamma=3.0, freeze_after=2)
+    grow(adapted, allocator, 2, lambda i: 0.05)
+    assert not allocator.frozen
+    state = allocator.state_dict()
+    grow(adapted, allocator, 3, lambda i: 0.05)
+    assert allocator.frozen
+    assert torch.equal(allocator.ranks, state["ranks"])
+    assert torch.equal(allocator.budget, state["budget"])
+
+
+@pytest.mark.parametrize("contribution", ["norm", "fisher"])
+def test_a_restored_allocator_goes_on_as_if_nothing_had_happened(contribution: str):
+    def new() -> tuple[nn.Module, RankAllocator, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = TinyTransformer()
+        add_lora(model, rank=4)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        return model, RankAllocator(model, gamma=3.0, contribution=contribution), optimizer
+
+    def train(model, allocator, optimizer, steps: range) -> list[list[int]]:
+        trajectory = []
+        for step in steps:
+            x = torch.randn(8, 5, 8, generator=torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            allocator.observe_gradients()
+            optimizer.step()
+            allocator.step()
+            trajectory.append([*allocator.ranks.tolist(), allocator.budget.item()])
+        return trajectory
+
+    whole = train(*new(), range(20))
+    first = new()
+    head = train(*first, range(10))
+    second = new()
+    for restored, original in zip(second, first, strict=True):
+        restored.load_state_dict(original.state_dict())
+    assert head + train(*second, range(10, 20)) == whole
+
+
+def test_ranks_follow_a_model_that_is_moved_or_reloaded(adapted: TinyTransformer):
+    allocator = RankAllocator(adapted, gamma=3.0)
+    grow(adapted, allocator, 3, lambda i: 0.05)
+    adapted.double()
+    adapted.load_state_dict({key: value.clone() for key, value in adapted.state_dict().items()}, assign=True)
+    grow(adapted, allocator, 3, lambda i: 0.05)
+    for block, rank in zip(adapted.blocks, allocator.ranks.tolist(), strict=True):
+        assert int(block.query.rank) == rank
+        assert block.query.rank_mask.sum() == rank
+
+
+def test_group_by_module_gives_each_projection_its_own_rank(adapted: TinyTransformer):
+    allocator = RankAllocator(adapted, gamma=3.0, group_by="module")
+    assert len(allocator.layer_names) == 6
+    grow(adapted, allocator, 10, lambda i: 0.01 * (i + 1))
+    assert [int(layer.rank) for layer in lora_layers(adapted).values()] == allocator.ranks.tolist()
+    assert len(set(allocator.ranks.tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("gamma", -1.0, "gamma to be finite and at least 0 but got -1.0"),
+        ("gamma", math.inf, "gamma to be finite"),
+        ("gamma", math.nan, "gamma to be finite"),
+        ("contribution", "gradient", r"contribution to be one of \('norm', 'fisher'\) but got 'gradient'"),
+        ("contribution_scale", "log", "contribution_scale to be one of"),
+        ("growth", "letter", "growth to be one of"),
+        ("group_by", "layer", "group_by to be"),
+        ("temperature", 0.0, "temperature to be positive"),
+        ("interval", 0, "interval to be at least 1"),
+        ("freeze_after", -1, "freeze_after to be at least 0"),
+        ("average_rank", 0.5, r"average_rank to be in \[1, 4\] but got 0.5"),
+        ("average_rank", 5, r"average_rank to be in \[1, 4\]"),
+    ],
+)
+def test_arguments_out_of_range(adapted: TinyTransformer, argument: str, value: object, message: str):
+    before = [int(layer.rank) for layer in lora_layers(adapted).values()]
+    with pytest.raises(ValueError, match=f"Expected {message}"):
+        RankAllocator(adapted, **{argument: value})
+    assert [int(layer.rank) for layer in lora_layers(adapted).values()] == before
+
+
+def test_fisher_has_no_absolute_scale(adapted: TinyTransformer):
+    with pytest.raises(ValueError, match='contribution_scale="relative"'):
+        RankAllocator(adapted, contribution="fisher", contribution_scale="absolute")
+
+
+def test_a_model_without_layers(model: TinyTransformer):
+    with pytest.raises(ValueError, match=r"call add_lora\(model\) first"):
+        RankAllocator(model)
+
+
+def test_a_trimmed_model(adapted: TinyTransformer):
+    adapted.blocks[0].query.set_rank(2)
+    trim_lora(adapted)
+    with pytest.raises(ValueError, match=r"one maximum rank but got \[2, 4\]"):
+        RankAllocator(adapted)
+
+
+def test_a_state_of_another_model_lists_all_that_differs(adapted: TinyTransformer):
+    other = TinyTransformer(depth=2)
+    add_lora(other, rank=2)
+    state = RankAllocator(other, contribution="fisher").state_dict()
+    allocator = RankAllocator(adapted)
+    before = allocator.state_dict()
+    with pytest.raises(ValueError, match=r"lacks the layers blocks.2; expected max_rank 4 but got 2; .*contribution"):
+        allocator.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"unknown layers blocks\.9"):
+        allocator.load_state_dict({**before, "layer_names": [*before["layer_names"], "blocks.9"]})
+    with pytest.raises(ValueError, match="in another order"):
+        allocator.load_state_dict({**before, "layer_names": before["layer_names"][::-1]})
+    with pytest.raises(ValueError, match=r"ranks of shape \(3,\) but got \(2,\)"):
+        allocator.load_state_dict({**before, "ranks": before["ranks"][:2]})
+    with pytest.raises(ValueError, match="budget, value are missing"):
+        allocator.load_state_dict({key: before[key] for key in before if key not in ("budget", "value")})
+    after = allocator.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in ("ranks", "budget", "value", "skipped"))

@@ -1,0 +1,330 @@
+"""LaLoraCallback in whole Trainer runs."""
+
+import csv
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lalora_lightning import LaLoraCallback, add_lora, lora_layers
+from tests.conftest import TinyTransformer
+
+
+class Task(pl.LightningModule):
+    """What a user brings: a model, a loss, an optimizer; nothing of La-LoRA."""
+
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__()
+        self.model = TinyTransformer()
+        self.lr = lr
+        self.optimizer_steps = 0
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self.model(x), y)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.training_step(batch, batch_idx))
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("test/loss", self.training_step(batch, batch_idx))
+
+    def optimizer_step(self, *args: object, **kwargs: object) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.optimizer_steps += 1
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+def loader(batches: int = 7) -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4 * batches, 5, 8, generator=generator)
+    return DataLoader(TensorDataset(x, (x.mean((1, 2)) > 0).long()), batch_size=4)
+
+
+def new_trainer(folder: Path, *callbacks: pl.Callback, **settings: object) -> pl.Trainer:
+    return pl.Trainer(
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        **{
+            "max_epochs": 3,
+            "accelerator": "cpu",
+            "logger": False,
+            "log_every_n_steps": 1,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            **settings,
+        },
+    )
+
+
+def test_the_callback_alone_is_all_it_takes(tmp_path: Path):
+    module, callback = Task(), LaLoraCallback(rank=4, gamma=3.0)
+    frozen = module.model.blocks[0].key.weight.clone()
+    head = module.model.head.weight.clone()
+    new_trainer(tmp_path, callback).fit(module, loader(), loader(2))
+    layers = lora_layers(module)
+    assert len(layers) == 6
+    assert all(layer.lora_B.any() for layer in layers.values())
+    assert torch.equal(module.model.blocks[0].key.weight, frozen)
+    assert not torch.equal(module.model.head.weight, head)
+    # The budget grows from one rank a layer, and the layers hold what the allocator decided.
+    assert callback.history[0] == (0, [1, 1, 1], 3.0)
+    step, ranks, budget = callback.history[-1]
+    assert step == 21
+    assert sum(ranks) > 3
+    assert sum(ranks) <= budget <= 12
+    assert [int(layers[f"model.blocks.{i}.value"].rank) for i in range(3)] == ranks
+
+
+def test_it_acts_once_per_optimizer_step_when_gradients_accumulate(tmp_path: Path):
+    """7 batches with accumulation over 3 are 3 optimizer steps an epoch: after batches 3, 6 and, short, 7."""
+    module, callback = Task(), LaLoraCallback(rank=4)
+    new_trainer(tmp_path, callback, accumulate_grad_batches=3, max_epochs=2).fit(module, loader(7))
+    assert module.optimizer_steps == 6
+    assert callback.allocator.steps == 6
+    assert [step for step, _, _ in callback.history] == list(range(7))
+
+
+def test_a_training_step_that_returns_none_is_no_optimizer_step(tmp_path: Path):
+    class Skipping(Task):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
+            return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+    module, callback = Skipping(), LaLoraCallback(rank=4)
+    trainer = new_trainer(tmp_path, callback, max_epochs=1)
+    trainer.fit(module, loader(7))
+    assert callback.allocator.steps == trainer.global_step
+
+
+def test_two_loggers_hold_the_keys(tmp_path: Path):
+    loggers = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")]
+    callback = LaLoraCallback(rank=4, gamma=3.0)
+    new_trainer(tmp_path, callback, logger=loggers, log_every_n_steps=5).fit(Task(), loader())
+    keys = {f"rank/model.blocks.{i}" for i in range(3)} | {"rank/total", "rank/budget"}
+
+    with open(Path(loggers[0].log_dir) / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert keys <= set(rows[0])
+    # 21 steps, counted from zero as Lightning does: every fifth, and the last.
+    assert [int(row["step"]) for row in rows] == [4, 9, 14, 19, 20]
+    for row, (step, ranks, budget) in zip(rows, callback.history[1:], strict=True):
+        assert int(row["step"]) == step - 1
+        assert [float(row[f"rank/model.blocks.{i}"]) for i in range(3)] == ranks
+        assert float(row["rank/total"]) == sum(ranks)
+        assert float(row["rank/budget"]) == pytest.approx(budget)
+
+    events = EventAccumulator(loggers[1].log_dir).Reload()
+    assert keys <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("rank/total")] == [4, 9, 14, 19, 20]
+    assert "rank/trajectories" in events.Tags()["images"]
+
+
+def test_the_total_rank_is_in_the_progress_bar(tmp_path: Path):
+    callback = LaLoraCallback(rank=4, gamma=3.0)
+    trainer = new_trainer(tmp_path, callback)
+    trainer.fit(Task(), loader())
+    assert trainer.progress_bar_metrics["rank/total"] == sum(callback.history[-1][1])
+
+
+def test_numbers_are_asked_from_the_device_at_logging_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    callback = LaLoraCallback(rank=4)
+    reads = []
+    monkeypatch.setattr(callback, "_read", lambda trainer: reads.append(trainer.global_step) or ([1, 1, 1], 3.0))
+    callback.history = [(21, [1, 1, 1], 3.0)]
+    new_trainer(tmp_path, callback, log_every_n_steps=10).fit(Task(), loader())
+    assert reads == [0, 10, 20]
+
+
+def test_layers_that_are_there_already_are_used(tmp_path: Path):
+    module, callback = Task(), LaLoraCallback()
+    add_lora(module, rank=2, target_modules=["key"])
+    new_trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    assert callback.allocator.max_rank == 2
+    assert list(lora_layers(module)) == [f"model.blocks.{i}.key" for i in range(3)]
+
+
+def test_a_model_built_in_configure_model_is_adapted_there(tmp_path: Path):
+    class Late(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = None
+
+        def configure_model(self) -> None:
+            if self.model is None:
+                self.model = TinyTransformer()
+                add_lora(self, rank=4)
+
+    callback = LaLoraCallback()
+    new_trainer(tmp_path, callback, max_epochs=1).fit(Late(), loader())
+    assert callback.allocator.steps == 7
+
+    class TooLate(Late):
+        def configure_model(self) -> None:
+            self.model = TinyTransformer()
+
+    with pytest.raises(RuntimeError, match=r"add_lora\(self\) at the end"):
+        new_trainer(tmp_path, LaLoraCallback()).fit(TooLate(), loader())
+
+
+def test_adapters_that_no_optimizer_holds_are_an_error(tmp_path: Path):
+    class HeadOnly(Task):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.model.head.parameters(), lr=0.1)
+
+    with pytest.raises(RuntimeError, match=r"lack 12, model\.blocks\.0\.query\.lora_A the first"):
+        new_trainer(tmp_path, LaLoraCallback(rank=4)).fit(HeadOnly(), loader())
+
+
+@pytest.mark.parametrize("save_adapter_only", [False, True])
+@pytest.mark.parametrize("contribution", ["norm", "fisher"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, contribution: str, save_adapter_only: bool
+):
+    def start() -> tuple[Task, LaLoraCallback]:
+        pl.seed_everything(1)
+        return Task(), LaLoraCallback(rank=4, gamma=3.0, contribution=contribution, save_adapter_only=save_adapter_only)
+
+    whole, whole_callback = start()
+    new_trainer(tmp_path, whole_callback, max_epochs=4).fit(whole, loader())
+
+    first, callback = start()
+    trainer = new_trainer(tmp_path, callback, max_epochs=2)
+    trainer.fit(first, loader())
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    half = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    assert ("model.blocks.0.key.weight" in half["state_dict"]) is not save_adapter_only
+
+    second, second_callback = start()
+    new_trainer(tmp_path, second_callback, max_epochs=4).fit(second, loader(), ckpt_path=tmp_path / "half.ckpt")
+
+    assert second_callback.history == whole_callback.history
+    assert second_callback.allocator.steps == whole_callback.allocator.steps == 28
+    for resumed, uninterrupted in zip(second.state_dict().values(), whole.state_dict().values(), strict=True):
+        assert torch.equal(resumed, uninterrupted)
+
+
+def test_a_checkpoint_is_tested_by_a_fresh_module(tmp_path: Path):
+    pl.seed_everything(0)
+    module = Task()
+    trainer = new_trainer(tmp_path, LaLoraCallback(rank=4, gamma=3.0, save_adapter_only=True))
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    expected = trainer.test(module, loader(3), verbose=False)
+    pl.seed_everything(0)  # the same backbone again
+    got = new_trainer(tmp_path, LaLoraCallback(rank=4, save_adapter_only=True)).test(
+        Task(), loader(3), ckpt_path=tmp_path / "end.ckpt", verbose=False
+    )
+    assert got == expected
+
+
+def test_an_adapter_checkpoint_that_lacks_keys_is_an_error(tmp_path: Path):
+    trainer = new_trainer(tmp_path, LaLoraCallback(rank=4, save_adapter_only=True), max_epochs=1)
+    trainer.fit(Task(), loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    del checkpoint["state_dict"]["model.blocks.1.value.lora_A"], checkpoint["state_dict"]["model.head.bias"]
+    torch.save(checkpoint, tmp_path / "end.ckpt")
+    with pytest.raises(ValueError, match=r"missing keys: model\.blocks\.1\.value\.lora_A, model\.head\.bias"):
+        new_trainer(tmp_path, LaLoraCallback(rank=4, save_adapter_only=True)).fit(
+            Task(), loader(), ckpt_path=tmp_path / "end.ckpt"
+        )
+
+
+def test_fit_called_twice_goes_on(tmp_path: Path):
+    module, callback = Task(), LaLoraCallback(rank=4, gamma=3.0)
+    trainer = new_trainer(tmp_path, callback, max_epochs=1)
+    trainer.fit(module, loader())
+    allocator = callback.allocator
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader())
+    assert callback.allocator is allocator
+    assert allocator.steps == 14
+    assert [step for step, _, _ in callback.history] == list(range(15))
+
+
+def test_another_module_gets_its_own_allocator(tmp_path: Path):
+    callback = LaLoraCallback(rank=4, gamma=3.0)
+    new_trainer(tmp_path, callback, max_epochs=1).fit(Task(), loader())
+    first = callback.allocator
+    new_trainer(tmp_path, callback, max_epochs=1).fit(Task(), loader())
+    assert callback.allocator is not first
+    assert callback.allocator.steps == 7
+
+
+def test_freeze_after_a_fraction_of_the_run(tmp_path: Path):
+    callback = LaLoraCallback(rank=4, gamma=3.0, freeze_after=0.5)
+    new_trainer(tmp_path, callback, max_epochs=2).fit(Task(), loader())
+    assert callback.allocator.freeze_after == 7
+    ranks = [ranks for _, ranks, _ in callback.history]
+    assert ranks[7:] == [ranks[7]] * 8
+    with pytest.raises(ValueError, match="run of known length"):
+        new_trainer(tmp_path, LaLoraCallback(rank=4, freeze_after=0.5), max_epochs=-1, max_time="00:00:00:01").fit(
+            Task(), loader()
+        )
+
+
+def test_weights_that_are_not_finite_are_reported_and_change_no_rank(tmp_path: Path):
+    class Diverging(Task):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            if self.global_step >= 10:
+                self.model.blocks[0].query.lora_B.grad.fill_(float("nan"))
+
+    module, callback = Diverging(), LaLoraCallback(rank=4, gamma=3.0)
+    trainer = new_trainer(tmp_path, callback, log_every_n_steps=7)
+    with pytest.warns(UserWarning, match="4 optimizer steps since the last report left weights that are NaN or Inf"):
+        trainer.fit(module, loader())
+    steps, ranks, budgets = zip(*callback.history, strict=True)
+    assert steps == (0, 7, 14, 21)
+    assert ranks[2] == ranks[3]
+    assert budgets[2] == budgets[3]
+    assert callback.allocator.skipped == 11
+    trainer.save_checkpoint(tmp_path / "diverged.ckpt")
+
+
+def test_history_stays_short_and_keeps_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lalora_lightning.callback._MOST_READINGS", 10)
+    callback = LaLoraCallback(rank=4)
+    new_trainer(tmp_path, callback).fit(Task(), loader())
+    steps = [step for step, _, _ in callback.history]
+    assert len(steps) <= 10
+    assert steps[0] == 0
+    assert steps[-1] == 21
+    assert steps == sorted(steps)
+
+
+def test_plot_before_fit():
+    with pytest.raises(RuntimeError, match="fit has not started"):
+        LaLoraCallback().plot()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gamma": -1.0}, "gamma"),
+        ({"growth": "letter"}, "growth"),
+        ({"contribution": "fisher", "contribution_scale": "absolute"}, "contribution_scale"),
+        ({"freeze_after": 1.5}, r"a fraction in \[0, 1\] but got 1.5"),
+        ({"interval": 0}, "interval"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(arguments: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        LaLoraCallback(**arguments)
+
+
+def test_a_module_without_targets_is_refused_before_training(tmp_path: Path):
+    class Plain(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.Flatten(), nn.Linear(40, 2))
+
+    with pytest.raises(ValueError, match=r"Linear layers seen: model\.1\."):
+        new_trainer(tmp_path, LaLoraCallback()).fit(Plain(), loader())
