@@ -251,11 +251,11 @@ class RankAllocator:
     def _component_squares(self, read: Callable[[TruncatedLoRALinear], tuple[Tensor, Tensor]]) -> Tensor:
         """Squared norms of all rank components, (2, L, K, r); matrices of one shape are read in one go."""
         factors = [pair for layer in self._projections for pair in layer.split(*read(layer))]
-        squares = [
-            functional.component_squares(torch.stack([factors[i][side] for i in members]), dim=(-1, -2)[side])
+        norms = [
+            functional.component_norms(torch.stack([factors[i][side] for i in members]), dim=(-1, -2)[side])
             for (side, _), members in self._shapes.items()
         ]
-        return torch.cat([*squares, self._padding])[self._slots]
+        return torch.cat([*norms, self._padding])[self._slots].square()
 
     def _bind(self) -> None:
         """Make the layers' buffers views of two tensors, so that one operation writes the ranks of all layers."""

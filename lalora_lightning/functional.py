@@ -14,7 +14,6 @@ where an equation divides zero by zero, the value that the reading gives takes t
 import torch
 from torch import Tensor
 
-# A float32 sum of deserved ranks may fall this far short of the whole number it stands for.
 _ROUNDING_TOLERANCE = 1e-3
 
 
@@ -34,21 +33,20 @@ def sparsity(increment: Tensor, threshold: float = 1e-4) -> Tensor:
     return (increment.abs() < threshold).float().mean()
 
 
-def component_squares(factors: Tensor, dim: int) -> Tensor:
-    """Squared norm of each rank component of a stack of factors, in float32 or wider.
+def component_norms(factors: Tensor, dim: int) -> Tensor:
+    """Norm of each rank component of a stack of factors, in float32 or wider.
 
     Args:
         factors: ``(n, r, d)`` stacked ``lora_A`` or ``(n, m, r)`` stacked ``lora_B``.
-        dim: The dimension that is summed over: -1 for ``lora_A``, -2 for ``lora_B``.
+        dim: The dimension that a component extends over: -1 for ``lora_A``, -2 for ``lora_B``.
 
     Returns:
         ``(n, r)``.
 
-    >>> component_squares(torch.tensor([[[3.0, 4.0], [0.0, 2.0]]]), dim=-1)
-    tensor([[25.,  4.]])
+    >>> component_norms(torch.tensor([[[3.0, 4.0], [0.0, 2.0]]]), dim=-1)
+    tensor([[5., 2.]])
     """
-    dtype = torch.promote_types(factors.dtype, torch.float32)
-    return torch.linalg.vector_norm(factors, dim=dim, dtype=dtype).square()
+    return torch.linalg.vector_norm(factors, dim=dim, dtype=torch.promote_types(factors.dtype, torch.float32))
 
 
 def norms_by_rank(squares: Tensor) -> Tensor:
@@ -206,9 +204,10 @@ def allocate_ranks(contribution: Tensor, budget: Tensor, max_rank: int, temperat
     deserved = (shares - 1).clamp(0, max_rank - 1)
     available = budget.floor() - layers
     deserved = deserved * (available / deserved.sum().clamp(min=_ROUNDING_TOLERANCE)).clamp(max=1)
-    total = torch.minimum((deserved.sum() + _ROUNDING_TOLERANCE).floor(), available)
+    # A sum of floats that stands for a whole number may fall short of it; the tolerance cannot lift it to the next.
+    total = (deserved.sum() + _ROUNDING_TOLERANCE).floor()
     whole = deserved.floor()
     # Position of each layer in the order of falling remainders; the first `total - whole.sum()` are rounded up.
     order = (deserved - whole).argsort(descending=True, stable=True)
     rounded_up = torch.arange(layers, device=budget.device) < total - whole.sum()
-    return (1 + whole).index_add(0, order, rounded_up.to(whole.dtype)).clamp(max=max_rank).long()
+    return (1 + whole).index_add(0, order, rounded_up.to(whole.dtype)).long()

@@ -31,18 +31,18 @@ def test_sparsity_counts_entries_below_the_threshold():
     assert functional.sparsity(increment, threshold=2.0).item() == 1.0
 
 
-def test_component_squares_of_rows_of_a_and_columns_of_b():
+def test_component_norms_of_rows_of_a_and_columns_of_b():
     a = torch.tensor([[[3.0, 4.0, 0.0], [1.0, 2.0, 2.0]]])
-    assert functional.component_squares(a, dim=-1).tolist() == [pytest.approx([25.0, 9.0])]
+    assert functional.component_norms(a, dim=-1).tolist() == [[5.0, 3.0]]
     b = torch.tensor([[[3.0, 1.0], [4.0, 1.0]]])
-    assert functional.component_squares(b, dim=-2).tolist() == [pytest.approx([25.0, 2.0])]
+    assert functional.component_norms(b, dim=-2).tolist() == [pytest.approx([5.0, 2**0.5])]
 
 
-def test_component_squares_of_low_precision_are_summed_in_float32():
+def test_component_norms_of_low_precision_are_summed_in_float32():
     ones = torch.ones(1, 1, 4096, dtype=torch.bfloat16)
-    squares = functional.component_squares(ones, dim=-1)
-    assert squares.dtype == torch.float32
-    assert squares.item() == pytest.approx(4096)
+    norms = functional.component_norms(ones, dim=-1)
+    assert norms.dtype == torch.float32
+    assert norms.item() == 64.0
 
 
 def test_truncated_norms_at_each_layers_rank():

@@ -71,7 +71,9 @@ class ImageDataModule(LightningDataModule):
         features = loaded["train"].features
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         if not images:
-            raise FileNotFoundError(f"Expected {self.path} to have an image column but its columns are {features}.")
+            raise FileNotFoundError(
+                f"Expected {self.path} to have an image column but its columns are {', '.join(features)}."
+            )
         self._columns = images[0], self._label_column(features)
         if "validation" not in loaded:
             halves = loaded["train"].train_test_split(self.val_fraction, seed=self.seed)
@@ -104,14 +106,13 @@ class ImageDataModule(LightningDataModule):
         return dict(loaded)
 
     def _label_column(self, features: datasets.Features) -> str:
-        labels = {name: f.num_classes for name, f in features.items() if isinstance(f, datasets.ClassLabel)}
-        wanted = (
-            self.label_column if self.label_column is not None else max(labels, key=labels.__getitem__, default=None)
-        )
+        labels: dict[str, int] = {
+            name: f.num_classes for name, f in features.items() if isinstance(f, datasets.ClassLabel)
+        }
+        wanted = self.label_column or max(labels, key=labels.__getitem__, default="label")
         if wanted not in labels:
-            named = "a" if wanted is None else f"{wanted!r} as a"
             raise FileNotFoundError(
-                f"Expected {self.path} to have {named} column of class labels but its columns are "
+                f"Expected {self.path} to have {wanted!r} as a column of class labels but its columns are "
                 f"{', '.join(features)}, of which {', '.join(labels) or 'none'} hold class labels."
             )
         return wanted
@@ -128,7 +129,7 @@ class ImageDataModule(LightningDataModule):
             ]
         )
         return DataLoader(
-            self._splits[split],  # type: ignore[arg-type]
+            self._splits[split],
             batch_size=self.batch_size,
             shuffle=train,
             num_workers=self.num_workers,

@@ -1,0 +1,122 @@
+"""Counts that do not vary: operations of a training step and of the allocator, by PyTorch's own dispatcher.
+
+A 12-layer transformers ViT with query and value adapted (24 linear layers). What a frozen backbone needs that still
+passes gradients through is the floor; views cost nothing and do not count.
+
+    python -m recipes.bench_ops
+"""
+
+import copy
+from collections import Counter
+from typing import Any
+
+import timm
+import torch
+from jsonargparse import auto_cli
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import ViTConfig, ViTModel
+
+from lalora_lightning import RankAllocator, add_lora
+from recipes.reporting import table
+
+# What the dispatcher sees but no kernel runs for. `_unsafe_view` is a view that autograd does not track.
+_FREE = {"aten.detach", "aten.alias", "aten.lift_fresh", "aten._unsafe_view", "aten.empty", "aten.promote_types"}
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations that run a kernel; views are left out.
+
+    >>> with OperationCounter() as counter:
+    ...     _ = torch.ones(2, 3).T @ torch.ones(2)
+    >>> counter.total
+    3
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func.overloadpacket)
+        if not func.is_view and name not in _FREE:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> int:
+        return self.counts.total()
+
+
+def count_step(model: nn.Module, images: Tensor) -> tuple[int, int]:
+    """Operations of a forward and of a backward pass, after a first one that creates the gradients."""
+    counts = []
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        with OperationCounter() as forward:
+            loss = model(pixel_values=images).last_hidden_state.sum()
+        with OperationCounter() as backward:
+            loss.backward()
+        counts.append((forward.total, backward.total))
+    assert counts[0] == counts[1]
+    return counts[1]
+
+
+def step_counts(depth: int = 12, rank: int = 8) -> dict[str, tuple[float, float]]:
+    """Operations (forward, backward) per adapted linear layer above the floor, of several methods."""
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=depth, num_attention_heads=4, intermediate_size=128, image_size=32,
+        patch_size=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = ViTModel(config, add_pooling_layer=False).train()
+    images = torch.randn(2, 3, 32, 32)
+
+    floor = copy.deepcopy(base).requires_grad_(False)
+    floor.get_input_embeddings().requires_grad_(True)
+    at_floor = count_step(floor, images)
+
+    targets = ["q_proj", "v_proj"]
+    configs = {
+        "PEFT LoRA": LoraConfig(r=rank, target_modules=targets),
+        "PEFT AdaLoRA": AdaLoraConfig(init_r=rank, target_r=rank // 2, total_step=100, target_modules=targets),
+    }
+    ours = copy.deepcopy(base)
+    add_lora(ours, rank=rank, modules_to_save=[])
+    models = {"ours": ours}
+    for name, peft_config in configs.items():
+        models[name] = get_peft_model(copy.deepcopy(base), peft_config).get_base_model()
+    above = {}
+    for name, model in models.items():
+        forward, backward = count_step(model, images)
+        above[name] = (forward - at_floor[0]) / (2 * depth), (backward - at_floor[1]) / (2 * depth)
+    return above
+
+
+def allocator_counts(depths: tuple[int, ...] = (6, 12, 24, 48)) -> dict[int, int]:
+    """Operations of one ``RankAllocator.step()`` for models of several depths."""
+    counts = {}
+    for depth in depths:
+        model = timm.create_model(
+            "vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=depth, num_heads=2
+        )
+        add_lora(model, rank=8)
+        allocator = RankAllocator(model)
+        with OperationCounter() as counter:
+            allocator.step()
+        counts[depth] = counter.total
+    return counts
+
+
+def main() -> None:
+    """Print the counts."""
+    rows = [[name, f"{forward:.2f}", f"{backward:.2f}"] for name, (forward, backward) in step_counts().items()]
+    print("Operations per adapted linear layer above the frozen backbone (ViT, 12 layers, query and value):\n")
+    print(table(["method", "forward", "backward"], rows))
+    print("\nOperations of one allocator step:\n")
+    print(table(["layers", "operations"], [[str(layers), str(count)] for layers, count in allocator_counts().items()]))
+
+
+if __name__ == "__main__":
+    auto_cli(main)

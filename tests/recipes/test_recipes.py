@@ -1,0 +1,94 @@
+"""The recipes as a user runs them, cut short."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.data.test_image import write
+
+
+def recipe(
+    name: str, *arguments: str, cwd: Path, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", f"recipes.{name}", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(root), "HF_HOME": str(cwd / "hub"), **environment},
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def test_digits(tmp_path: Path):
+    out = recipe("digits", "--seeds", "2", "--steps", "20", "--lalora.rank", "4", cwd=tmp_path).stdout
+    table = out[out.index("---") :].splitlines()[1:4]
+    rows = {line[:9].strip(): line.split() for line in table}
+    assert set(rows) == {"head only", "LoRA", "La-LoRA"}
+    # 6 layers, query and value, rank 4: 12 * 4 * (48 + 48), and the head's 48 * 10 + 10.
+    assert "490" in rows["head only"]
+    assert "5,098" in rows["LoRA"]
+    assert rows["LoRA"].count("4") == 6
+    folder = tmp_path / "runs" / "digits" / "la-lora" / "seed-1"
+    assert (folder / "ranks.png").stat().st_size > 10_000
+    assert torch.load(folder / "adapter.pt", weights_only=True)["model.blocks.0.attn.qkv.lora_A"].shape == (8, 48)
+    assert list((folder / "tensorboard").glob("events*"))
+    assert "rank/budget" in (folder / "csv" / "metrics.csv").read_text()
+
+
+TINY = (
+    "--model.name=vit_tiny_patch16_224",
+    "--model.pretrained=false",
+    '--model.model_args={"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}',
+    "--data.image_size=16",
+    "--data.batch_size=4",
+    "--data.num_workers=0",
+    "--trainer.accelerator=cpu",
+)
+
+
+def test_vit_cifar100_on_a_local_folder(tmp_path: Path):
+    data = write(tmp_path / "data", train=20, test=6)
+    out = recipe(
+        "vit_cifar100", f"--data.path={data}", *TINY, "--trainer.max_epochs=2", "--lalora.rank=4", cwd=tmp_path
+    ).stdout
+    folder = tmp_path / "lightning_logs" / "version_0"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["test/accuracy"] in [i / 6 for i in range(7)] or report["test/accuracy"] == pytest.approx(
+        round(report["test/accuracy"] * 6) / 6
+    )
+    # 2 layers, query and value, rank 4: 4 * 4 * (32 + 32), and the head's 32 * 2 + 2.
+    assert report["trainable parameters"] == 1090
+    assert len(report["ranks"]) == 2
+    assert "test/accuracy" in out
+    assert torch.load(folder / "adapter.pt", weights_only=True)["model.blocks.0.attn.qkv.lora_A"].shape == (8, 32)
+
+
+def test_vit_cifar100_without_network_and_data(tmp_path: Path):
+    done = recipe("vit_cifar100", cwd=tmp_path, check=False, HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: Cannot load the data set 'uoft-cs/cifar100'")
+    assert "--data.path" in done.stderr
+
+
+def test_vit_cifar100_without_network_and_weights(tmp_path: Path):
+    data = write(tmp_path / "data", train=20, test=6)
+    done = recipe("vit_cifar100", f"--data.path={data}", cwd=tmp_path, check=False, HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "--model.checkpoint" in done.stderr.strip().splitlines()[-1]
+
+
+def test_vit_cifar100_shows_its_settings(tmp_path: Path):
+    config = recipe("vit_cifar100", "--print_config", "--lalora.gamma=4", cwd=tmp_path).stdout
+    for line in ("name: vit_base_patch16_224.augreg_in21k", "path: uoft-cs/cifar100", "gamma: 4.0", "rank: 8"):
+        assert line in config
+    assert "--lalora.average_rank" in recipe("vit_cifar100", "--help", cwd=tmp_path).stdout
