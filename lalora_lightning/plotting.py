@@ -60,5 +60,6 @@ def plot_rank_trajectories(
     total.set_xlabel("optimizer step")
     total.set_ylabel("rank, all layers")
     total.set_ylim(0, 1.08 * layers * max_rank)
-    total.legend(fontsize="small", loc="lower right")
+    # Above the lines, which may run anywhere.
+    total.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     return figure
