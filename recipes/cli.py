@@ -3,68 +3,115 @@
 import json
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lalora_lightning import LaLoraCallback, lora_state_dict
+from lalora_lightning import LaLoraCallback, add_lora, lora_layers, lora_state_dict
 from recipes.reporting import quiet, table
+
+Adapter = Literal["lalora", "lora", "none"]
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI with the La-LoRA callback, a checkpoint of the best epoch and the data's number of classes."""
+    """LightningCLI with a choice of adapter and a checkpoint of the best epoch.
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_lightning_class_args(LaLoraCallback, "lalora")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
-        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        parser.set_defaults({"trainer.precision": "bf16-mixed" if has_bf16 else "32-true"})
-
-
-def run(module: type[LightningModule], data: type[LightningDataModule], recipe: str) -> None:
-    """Fit, test the best checkpoint, print a table, save the adapter and the table beside the logs.
-
-    Args:
-        module: The task.
-        data: Its data; has a property ``num_classes``.
-        recipe: Path of the recipe, beside which a YAML file of the same name holds its settings.
+    ``--adapter lalora`` trains with :class:`LaLoraCallback`, ``lora`` with the same layers at full rank, ``none`` all
+    weights; the options under ``--lalora`` are the callback's.
     """
-    quiet()
-    settings = Path(recipe).with_suffix(".yaml")
-    try:
-        cli = RecipeCLI(
+
+    def __init__(
+        self,
+        module: type[LightningModule],
+        data: type[LightningDataModule],
+        links: Sequence[tuple[str, str, str]],
+        settings: Sequence[Path],
+    ) -> None:
+        self.links = links
+        super().__init__(
             module,
             data,
             run=False,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"default_config_files": [str(settings)]},
+            parser_kwargs={"default_config_files": list(map(str, settings))},
         )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--adapter", type=Adapter, default="lalora", help="What is trained.")
+        parser.add_class_arguments(LaLoraCallback, "lalora")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        for source, target, when in self.links:
+            parser.link_arguments(source, target, apply_on=when)
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        parser.set_defaults({"trainer.precision": "bf16-mixed" if has_bf16 else "32-true"})
+
+    def adapt(self) -> None:
+        """Do what ``--adapter`` says to model and trainer."""
+        settings = self.config.lalora.as_dict()
+        if self.config.adapter == "lalora":
+            # In front: what the other callbacks set up may depend on the layers.
+            self.trainer.callbacks.insert(0, LaLoraCallback(**settings))  # type: ignore[attr-defined]
+        elif self.config.adapter == "lora":
+            names = ("rank", "alpha", "dropout", "target_modules", "modules_to_save")
+            print(add_lora(self.model, **{name: settings[name] for name in names}))
+
+
+def run(
+    module: type[LightningModule],
+    data: type[LightningDataModule],
+    recipe: str,
+    links: Sequence[tuple[str, str, str]] = (),
+    variant: str | None = None,
+) -> None:
+    """Fit, test the best checkpoint, print a table, save the adapter and the table beside the logs.
+
+    Args:
+        module: The task.
+        data: Its data.
+        recipe: Path of the recipe; a YAML file of the same name beside it holds its settings.
+        links: ``(source, target, "parse" or "instantiate")`` arguments that follow others.
+        variant: A second YAML file, ``<recipe>.<variant>.yaml``, overrides the first.
+    """
+    quiet()
+    files = [Path(recipe).with_suffix(".yaml")]
+    if variant is not None:
+        files.append(Path(recipe).with_suffix(f".{variant}.yaml"))
+    try:
+        cli = RecipeCLI(module, data, links, files)
+        cli.adapt()
+        start = time.perf_counter()
+        cli.trainer.fit(cli.model, cli.datamodule)
+        seconds = time.perf_counter() - start
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
-    start = time.perf_counter()
-    cli.trainer.fit(cli.model, cli.datamodule)
-    seconds = time.perf_counter() - start
     if cli.trainer.interrupted or cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     (scores,) = cli.trainer.test(cli.model, cli.datamodule, ckpt_path="best", verbose=False)
-
-    callback = next(c for c in cli.trainer.callbacks if isinstance(c, LaLoraCallback))  # type: ignore[attr-defined]
-    assert callback.allocator is not None
-    trainable = sum(p.numel() for p in cli.model.parameters() if p.requires_grad)
-    report = {
-        **scores,
-        "trainable parameters": trainable,
-        "trainable share": trainable / sum(p.numel() for p in cli.model.parameters()),
-        "ranks": callback.allocator.ranks.tolist(),
-        "seconds of training": seconds,
-    }
+    report = summarize_run(cli.trainer, cli.model, scores, seconds)
     folder = Path(cli.trainer.log_dir or cli.trainer.default_root_dir)
-    torch.save(lora_state_dict(cli.model), folder / "adapter.pt")
+    if lora_layers(cli.model):
+        torch.save(lora_state_dict(cli.model), folder / "adapter.pt")
     (folder / "report.json").write_text(json.dumps(report, indent=2))
     rows = [[key, f"{value:.4g}" if isinstance(value, float) else str(value)] for key, value in report.items()]
-    print("\n" + table([settings.stem, ""], rows))
-    print(f"\nLogs, settings, report and adapter: {folder}")
+    print("\n" + table([Path(recipe).stem, variant or ""], rows))
+    print(f"\nLogs, settings, report and weights: {folder}")
+
+
+def summarize_run(trainer: pl.Trainer, model: pl.LightningModule, scores: Any, seconds: float) -> dict[str, Any]:
+    """What is worth keeping of a run: scores, parameters, ranks, time."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    callbacks: Iterable[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    allocators = [c.allocator for c in callbacks if isinstance(c, LaLoraCallback) and c.allocator is not None]
+    return {
+        **scores,
+        "trainable parameters": trainable,
+        "trainable share": trainable / sum(p.numel() for p in model.parameters()),
+        **({"ranks": allocators[0].ranks.tolist()} if allocators else {}),
+        "seconds of training": seconds,
+    }

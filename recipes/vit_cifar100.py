@@ -11,4 +11,9 @@ from lalora_lightning.modules.image_classification import ImageClassificationMod
 from recipes.cli import run
 
 if __name__ == "__main__":
-    run(ImageClassificationModule, ImageDataModule, __file__)
+    run(
+        ImageClassificationModule,
+        ImageDataModule,
+        __file__,
+        links=[("data.num_classes", "model.num_classes", "instantiate")],
+    )

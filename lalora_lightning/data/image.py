@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
+from lalora_lightning.hub import load_splits
+
 
 class ImageDataModule(LightningDataModule):
     """An image data set in the layout of the Hub: an image column and a label column.
@@ -57,17 +59,16 @@ class ImageDataModule(LightningDataModule):
     @property
     def num_classes(self) -> int:
         """Number of classes of the data set; loads it where that has not happened yet."""
-        self.prepare_data()
-        features = self._load()["train"].features
+        features = load_splits(self.path)["train"].features
         return features[self._label_column(features)].num_classes
 
     def prepare_data(self) -> None:
-        self._load()
+        load_splits(self.path)
 
     def setup(self, stage: str) -> None:
         if self._splits is not None:
             return
-        loaded = self._load()
+        loaded = load_splits(self.path)
         features = loaded["train"].features
         images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
         if not images:
@@ -89,21 +90,6 @@ class ImageDataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return self._loader("test")
-
-    def _load(self) -> dict[str, datasets.Dataset]:
-        try:
-            loaded = datasets.load_dataset(self.path)
-        except (OSError, ValueError) as error:
-            # datasets and huggingface_hub raise many kinds of both: unreachable, offline, not found, no data files.
-            raise FileNotFoundError(
-                f"Cannot load the data set {self.path!r} ({_first_line(error)}). Without a network, give --data.path a "
-                "local folder of parquet files or class folders."
-            ) from error
-        if "train" not in loaded:
-            raise FileNotFoundError(
-                f"Expected {self.path} to have a train split but its splits are {', '.join(loaded)}."
-            )
-        return dict(loaded)
 
     def _label_column(self, features: datasets.Features) -> str:
         labels: dict[str, int] = {
@@ -142,7 +128,3 @@ class ImageDataModule(LightningDataModule):
 def _collate(rows: list[dict[str, Any]], transform: v2.Compose, columns: tuple[str, str]) -> tuple[Tensor, Tensor]:
     image, label = columns
     return torch.stack([transform(row[image]) for row in rows]), torch.tensor([row[label] for row in rows])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,90 @@
+"""Sequence classification and regression with a transformers model."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics import MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
+from torchmetrics.classification import (
+    BinaryF1Score,
+    MulticlassAccuracy,
+    MulticlassMatthewsCorrCoef,
+)
+from transformers import AutoModelForSequenceClassification
+
+from lalora_lightning.modules.backbone import load_backbone
+from lalora_lightning.modules.optimization import adamw_with_linear_decay
+
+
+class SequenceClassificationModule(LightningModule):
+    """A transformers encoder or decoder with a classification head, trained in full unless it is adapted.
+
+    Batches are what a tokenizer gives, padded, with ``labels``: ``(N,)`` int64 classes or float targets. Logs
+    ``train/loss``, ``val/loss`` and, for ``val/`` and ``test/``, ``accuracy`` and ``matthews``, with two classes also
+    ``f1`` of class 1, or for regression ``pearson`` and ``spearman``.
+
+    Args:
+        name: A model on the Hub or a local model folder.
+        num_labels: Number of classes; 1 is regression by mean squared error.
+        learning_rate: Peak of the schedule, see :func:`adamw_with_linear_decay`.
+        weight_decay: Applied to matrices only.
+        warmup: Fraction of the run in which the learning rate rises.
+        gradient_checkpointing: Recompute activations instead of keeping them.
+
+    Raises:
+        FileNotFoundError: The model cannot be reached or found.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_labels: int,
+        learning_rate: float = 4e-4,
+        weight_decay: float = 0.1,
+        warmup: float = 0.06,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = load_backbone(
+            AutoModelForSequenceClassification, name, gradient_checkpointing, num_labels=num_labels
+        )
+        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+        metrics = _metrics(num_labels)
+        self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.model(**batch).loss
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self._evaluate(batch, self.val_metrics), batch_size=len(batch["labels"]))
+        self.log_dict(self.val_metrics, prog_bar=True)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, self.test_metrics)
+        self.log_dict(self.test_metrics)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return adamw_with_linear_decay(self, self.learning_rate, self.weight_decay, self.warmup)
+
+    def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection) -> Tensor:
+        out = self.model(**batch)
+        # Correlations are sums over all examples: low precision would lose them.
+        predictions = out.logits.float().squeeze(-1) if out.logits.shape[-1] == 1 else out.logits.argmax(-1)
+        metrics.update(predictions, batch["labels"])
+        return out.loss
+
+
+def _metrics(num_labels: int) -> MetricCollection:
+    if num_labels == 1:
+        return MetricCollection({"pearson": PearsonCorrCoef(), "spearman": SpearmanCorrCoef()})
+    metrics: dict[str, Any] = {
+        "accuracy": MulticlassAccuracy(num_labels, average="micro"),
+        "matthews": MulticlassMatthewsCorrCoef(num_labels),
+    }
+    if num_labels == 2:
+        metrics["f1"] = BinaryF1Score()
+    return MetricCollection(metrics, compute_groups=False)
