@@ -1,4 +1,4 @@
-"""Image classification with a timm model."""
+"""Image classification with a timm or transformers model."""
 
 from pathlib import Path
 from typing import Any
@@ -8,28 +8,33 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from lalora_lightning.hub import load_pretrained
+from lalora_lightning.modules.backbone import load_backbone
 from lalora_lightning.modules.optimization import adamw_with_linear_decay
 
 
 class ImageClassificationModule(LightningModule):
-    """A timm model with a new head for ``num_classes``, trained in full unless a callback adapts it.
+    """A timm or transformers model with a new head for ``num_classes``, trained in full unless it is adapted.
 
     Batches are ``(images, labels)``: ``(N, C, H, W)`` in [0, 1] and ``(N,)`` int64. The module itself standardises the
     images with the mean and deviation that the pretrained weights expect. Logs ``train/loss``, ``val/loss``,
     ``val/accuracy`` and ``test/accuracy`` (top-1).
 
     Args:
-        name: A timm model, such as ``vit_base_patch16_224.augreg_in21k``.
+        name: A timm model, such as ``vit_base_patch16_224.augreg_in21k``; or a transformers model, such as
+            ``google/vit-base-patch16-224-in21k``, on the Hub or a local model folder.
         num_classes: Size of the new head.
-        pretrained: Load the pretrained weights; from the Hub unless ``checkpoint`` names a file.
-        checkpoint: A local file with weights of this model (safetensors or a torch state dict).
+        pretrained: For timm: load the pretrained weights; from the Hub unless ``checkpoint`` names a file.
+        checkpoint: For timm: a local file with weights of this model (safetensors or a torch state dict).
         learning_rate: Peak of the schedule, see :func:`adamw_with_linear_decay`.
         weight_decay: Applied to matrices only.
         warmup: Fraction of the run in which the learning rate rises.
-        model_args: Further arguments of ``timm.create_model``, such as ``img_size`` or ``drop_path_rate``.
+        gradient_checkpointing: Recompute activations instead of keeping them.
+        model_args: For timm: further arguments of ``timm.create_model``, such as ``img_size`` or ``drop_path_rate``.
 
     Raises:
         FileNotFoundError: The weights cannot be reached or found.
@@ -47,37 +52,39 @@ class ImageClassificationModule(LightningModule):
         learning_rate: float = 5e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.06,
+        gradient_checkpointing: bool = False,
         model_args: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        if checkpoint is not None and not Path(checkpoint).is_file():
-            raise FileNotFoundError(f"Expected --model.checkpoint to name a file of weights but {checkpoint} is none.")
-        try:
-            self.model = timm.create_model(
+        if timm.is_model(name):
+            self.model = _load_timm(name, num_classes, pretrained, checkpoint, model_args or {})
+            if gradient_checkpointing:
+                self.model.set_grad_checkpointing()  # type: ignore[operator]
+            expected = timm.data.resolve_model_data_config(self.model)
+            # timm gives three channels whatever in_chans is.
+            channels = (model_args or {}).get("in_chans", 3)
+            mean, std = expected["mean"][:channels], expected["std"][:channels]
+        else:
+            self.model = load_backbone(
+                AutoModelForImageClassification,
                 name,
-                pretrained=pretrained or checkpoint is not None,
-                pretrained_cfg_overlay=None if checkpoint is None else {"file": checkpoint},
-                num_classes=num_classes,
-                **(model_args or {}),
+                gradient_checkpointing,
+                num_labels=num_classes,
+                ignore_mismatched_sizes=True,
             )
-        except OSError as error:
-            raise FileNotFoundError(
-                f"Cannot load the pretrained weights of {name} ({type(error).__name__}). Without a network, give "
-                "--model.checkpoint a local file with weights of this model, or --model.pretrained false."
-            ) from error
-        expected = timm.data.resolve_model_data_config(self.model)
-        # timm gives three channels whatever in_chans is.
-        channels = (model_args or {}).get("in_chans", 3)
-        self.register_buffer("mean", torch.tensor(expected["mean"][:channels]).view(-1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(expected["std"][:channels]).view(-1, 1, 1), persistent=False)
+            processor = load_pretrained(AutoImageProcessor, name)
+            mean, std = processor.image_mean, processor.image_std
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
         self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(N, num_classes)`` of images ``(N, C, H, W)`` in [0, 1]."""
-        return self.model((images - self.mean) / self.std)
+        out = self.model((images - self.mean) / self.std)
+        return out if isinstance(out, Tensor) else out.logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -99,3 +106,23 @@ class ImageClassificationModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return adamw_with_linear_decay(self, self.learning_rate, self.weight_decay, self.warmup)
+
+
+def _load_timm(
+    name: str, num_classes: int, pretrained: bool, checkpoint: str | None, model_args: dict[str, Any]
+) -> nn.Module:
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"Expected --model.checkpoint to name a file of weights but {checkpoint} is none.")
+    try:
+        return timm.create_model(
+            name,
+            pretrained=pretrained or checkpoint is not None,
+            pretrained_cfg_overlay=None if checkpoint is None else {"file": checkpoint},
+            num_classes=num_classes,
+            **model_args,
+        )
+    except OSError as error:
+        raise FileNotFoundError(
+            f"Cannot load the pretrained weights of {name} ({type(error).__name__}). Without a network, give "
+            "--model.checkpoint a local file with weights of this model, or --model.pretrained false."
+        ) from error

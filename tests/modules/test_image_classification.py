@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lalora_lightning import LaLoraCallback, lora_layers
 from lalora_lightning.modules.image_classification import ImageClassificationModule
@@ -56,3 +57,22 @@ def test_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"Cannot load the pretrained weights of vit_tiny.*--model.checkpoint"):
         build(pretrained=True)
+
+
+def test_a_transformers_model_from_a_local_folder(tmp_path: Path):
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8
+    )
+    source = ViTForImageClassification(config).eval()
+    source.save_pretrained(tmp_path)
+    ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.5, 0.25]).save_pretrained(tmp_path)
+    module = ImageClassificationModule(str(tmp_path), num_classes=5, gradient_checkpointing=True)
+    assert module.model.classifier.out_features == 5
+    images = torch.rand(2, 3, 16, 16)
+    standardised = (images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.5, 0.25]).view(3, 1, 1)
+    with torch.no_grad():
+        expected = module.model(standardised).logits
+        torch.testing.assert_close(module(images), expected)
+    data = DataLoader(TensorDataset(torch.rand(8, 3, 16, 16), torch.arange(8) % 5), batch_size=4)
+    new_trainer(tmp_path, LaLoraCallback(rank=4), max_epochs=1).fit(module, data)
+    assert all(layer.lora_B.any() for layer in lora_layers(module).values())

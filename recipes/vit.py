@@ -1,0 +1,11 @@
+"""What the recipes for vision transformers share."""
+
+from lalora_lightning.data.image import ImageDataModule
+from lalora_lightning.modules.image_classification import ImageClassificationModule
+from recipes.cli import run
+
+
+def run_vit(recipe: str) -> None:
+    """Run the recipe at this path by the settings in the YAML file beside it."""
+    links = [("data.num_classes", "model.num_classes", "instantiate")]
+    run(ImageClassificationModule, ImageDataModule, recipe, links)
