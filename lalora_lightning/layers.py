@@ -246,11 +246,11 @@ class TruncatedLoRALinear(nn.Module):
 
 
 class _TruncatedLoRA(torch.autograd.Function):
-    """``x W^T + b + scaling * lora_x (mask A)^T B^T`` as one node of the graph.
+    """``x W^T + b + scaling * mask(lora_x A^T) B^T`` as one node of the graph.
 
     One node, because autograd over the separate operations would add full-size temporaries: here ``lora_B``
-    accumulates onto the base output and the backward onto the base's input gradient. The mask is applied to
-    ``lora_A``, which is smaller than the activations and has to be touched anyway where it is cast.
+    accumulates onto the base output and the backward onto the base's input gradient. The mask meets the narrow
+    ``(N, r)`` factors in place, so that no masked copy of a weight is kept.
     """
 
     @staticmethod
@@ -266,21 +266,20 @@ class _TruncatedLoRA(torch.autograd.Function):
         scaling: float,
         out_slices: tuple[tuple[int, int], ...],
     ) -> Tensor:
-        A = (lora_A.view(-1, *rank_mask.shape, lora_A.shape[-1]) * rank_mask[:, None]).view(lora_A.shape).to(x.dtype)
-        B = lora_B.to(x.dtype)
+        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         out = F.linear(x, weight, bias)
-        hidden = _rows(x if lora_x is None else lora_x) @ A.T
+        hidden = _mask(_rows(x if lora_x is None else lora_x) @ A.T, rank_mask)
         for (out_i, B_i), hidden_i in zip(
             _by_slice(_rows(out), B, out_slices), _chunks(hidden, out_slices), strict=True
         ):
             out_i.addmm_(hidden_i, B_i.T, alpha=scaling)
 
-        need_x, _, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
+        need_x, need_lora_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
         ctx.save_for_backward(
             x if need_weight or (need_A and lora_x is None) else None,
             lora_x if need_A else None,
             weight if need_x else None,
-            A,
+            A if need_x or need_lora_x else None,
             B,
             hidden if need_B else None,
             rank_mask,
@@ -300,28 +299,28 @@ class _TruncatedLoRA(torch.autograd.Function):
 
         parts = _by_slice(g, B, ctx.out_slices)
         # addmm with beta=0 is a scaled matrix product in one kernel; it does not read its first argument.
+        unread = B[0, 0]
         if need_B:
             hiddens = _chunks(hidden, ctx.out_slices)
             grad_B = _join(
                 [
-                    torch.addmm(B_i, g_i.T, h_i, beta=0, alpha=scaling)
-                    for (g_i, B_i), h_i in zip(parts, hiddens, strict=True)
+                    torch.addmm(unread, g_i.T, h_i, beta=0, alpha=scaling)
+                    for (g_i, _), h_i in zip(parts, hiddens, strict=True)
                 ],
                 dim=0,
             )
         if need_A or need_x or need_lora_x:
-            grad_hidden = _join([g_i @ B_i for g_i, B_i in parts], dim=1)
+            grad_hidden = _mask(_join([g_i @ B_i for g_i, B_i in parts], dim=1), rank_mask)
             if need_A:
                 adapter_in = _rows(lora_x if ctx.dropped else x)
-                grad_A = torch.addmm(A, grad_hidden.T, adapter_in, beta=0, alpha=scaling)
-                grad_A.view(-1, *rank_mask.shape, A.shape[-1]).mul_(rank_mask[:, None])
+                grad_A = torch.addmm(unread, grad_hidden.T, adapter_in, beta=0, alpha=scaling)
             if need_x:
                 grad_x = g @ weight
                 if not ctx.dropped:
                     grad_x.addmm_(grad_hidden, A, alpha=scaling)
                 grad_x = grad_x.view(ctx.in_shape)
             if need_lora_x:
-                grad_lora_x = torch.addmm(A[:1], grad_hidden, A, beta=0, alpha=scaling).view(ctx.in_shape)
+                grad_lora_x = torch.addmm(unread, grad_hidden, A, beta=0, alpha=scaling).view(ctx.in_shape)
         if need_weight:
             grad_weight = g.T @ _rows(x)
         if need_bias:
@@ -331,6 +330,12 @@ class _TruncatedLoRA(torch.autograd.Function):
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _mask(hidden: Tensor, rank_mask: Tensor) -> Tensor:
+    """Set the columns beyond the rank in force to zero, in each slice's r columns, in place."""
+    hidden.view(-1, rank_mask.shape[0]).mul_(rank_mask)
+    return hidden
 
 
 def _by_slice(out: Tensor, B: Tensor, out_slices: tuple[tuple[int, int], ...]) -> list[tuple[Tensor, Tensor]]:
