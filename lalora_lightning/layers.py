@@ -176,7 +176,7 @@ class TruncatedLoRALinear(nn.Module):
             ``(..., m)`` in the input's type, or under autocast in autocast's.
         """
         device_type = x.device.type
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             # What autocast does to a linear layer, done here once: the backward needs the same casts again.
             with torch.autocast(device_type, enabled=False):

@@ -44,12 +44,20 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--adapter", type=Adapter, default="lalora", help="What is trained.")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of a run to go on with.")
         parser.add_class_arguments(LaLoraCallback, "lalora")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         for source, target, when in self.links:
             parser.link_arguments(source, target, apply_on=when)
         has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        parser.set_defaults({"trainer.precision": "bf16-mixed" if has_bf16 else "32-true"})
+        parser.set_defaults(
+            {
+                "trainer.precision": "bf16-mixed" if has_bf16 else "32-true",
+                # Ctrl-C, too, leaves a checkpoint to go on with.
+                "checkpoint.save_on_exception": True,
+                "checkpoint.save_last": True,
+            }
+        )
 
     def adapt(self) -> None:
         """Do what ``--adapter`` says to model and trainer."""
@@ -79,18 +87,28 @@ def run(
         variant: A second YAML file, ``<recipe>.<variant>.yaml``, overrides the first.
     """
     quiet()
+    torch.set_float32_matmul_precision("high")
     files = [Path(recipe).with_suffix(".yaml")]
     if variant is not None:
         files.append(Path(recipe).with_suffix(f".{variant}.yaml"))
     try:
         cli = RecipeCLI(module, data, links, files)
-        cli.adapt()
-        start = time.perf_counter()
-        cli.trainer.fit(cli.model, cli.datamodule)
-        seconds = time.perf_counter() - start
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
-    if cli.trainer.interrupted or cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
+    cli.adapt()
+    start = time.perf_counter()
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    except SystemExit:
+        # Lightning's answer to Ctrl-C, after it has saved a checkpoint and shut down.
+        checkpoint = cli.trainer.checkpoint_callback
+        if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path:
+            print(f"\nInterrupted. To go on: --ckpt_path {checkpoint.last_model_path}", file=sys.stderr)
+        raise
+    seconds = time.perf_counter() - start
+    if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     (scores,) = cli.trainer.test(cli.model, cli.datamodule, ckpt_path="best", verbose=False)
     report = summarize_run(cli.trainer, cli.model, scores, seconds)

@@ -22,7 +22,7 @@ def write(folder: Path, label: str = "label", **splits: int) -> Path:
     """Parquet in the Hub's layout; image i has the shade 10 i and the label i % 2."""
     features = datasets.Features({"img": datasets.Image(), label: datasets.ClassLabel(names=["even", "odd"])})
     for split, rows in splits.items():
-        data = {"img": [image(10 * i) for i in range(rows)], label: [i % 2 for i in range(rows)]}
+        data = {"img": [image(10 * i % 256) for i in range(rows)], label: [i % 2 for i in range(rows)]}
         (folder / "data").mkdir(parents=True, exist_ok=True)
         datasets.Dataset.from_dict(data, features).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return folder

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,33 @@ def test_vit_cifar100_shows_its_settings(tmp_path: Path):
     for line in ("name: vit_base_patch16_224.augreg_in21k", "path: uoft-cs/cifar100", "gamma: 4.0", "rank: 8"):
         assert line in config
     assert "--lalora.average_rank" in recipe("vit_cifar100", "--help", cwd=tmp_path).stdout
+
+
+def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_with(tmp_path: Path):
+    data = write(tmp_path / "data", train=40, test=6)
+    arguments = [f"--data.path={data}", *TINY, "--lalora.rank=4", "--lalora.save_adapter_only=true"]
+    root = Path(__file__).parents[2]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "recipes.vit_cifar100", *arguments, "--trainer.max_epochs=100000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root), "HF_HOME": str(tmp_path / "hub")},
+    )
+    last = tmp_path / "lightning_logs" / "version_0" / "checkpoints" / "last.ckpt"
+    while not last.exists() and running.poll() is None:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert f"--ckpt_path {last}" in errors
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert step > 0
+
+    out = recipe(
+        "vit_cifar100", *arguments, f"--ckpt_path={last}", f"--trainer.max_steps={step + 5}", cwd=tmp_path
+    ).stdout
+    assert "test/accuracy" in out
+    resumed = torch.load(tmp_path / "lightning_logs" / "version_1" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert resumed["global_step"] == step + 5
