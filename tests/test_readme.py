@@ -4,10 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import BertConfig, BertForSequenceClassification
 
-from lalora_lightning import RankAllocator
+from lalora_lightning import RankAllocator, lora_layers
 from tests.conftest import TinyTransformer
 from tests.test_callback import Task
 
@@ -16,21 +18,35 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) == 4
+    assert len(snippets) == 6
     monkeypatch.chdir(tmp_path)
+    # Small models stand for those on the Hub.
+    bert = BertForSequenceClassification(
+        BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    )
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    monkeypatch.setattr("transformers.AutoModelForSequenceClassification.from_pretrained", lambda *_, **__: bert)
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: vit)
+
     module = Task()
     module.model = TinyTransformer(width=16)
     x = torch.randn(6, 4, 5, 16)
+    labels = torch.arange(4) % 2
+    ids = torch.randint(20, (4, 6))
     names = {
         "torch": torch,
         "module": module,
-        "data": DataLoader(TensorDataset(x[0], torch.arange(4) % 2), batch_size=4),
+        "data": DataLoader(TensorDataset(x[0], labels), batch_size=4),
+        "texts": DataLoader([{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)], batch_size=2),
+        "images": DataLoader(TensorDataset(torch.rand(4, 3, 16, 16), labels), batch_size=2),
         "model": TinyTransformer(width=16),
-        "batches": [(inputs, torch.arange(4) % 2) for inputs in x],
+        "batches": [(inputs, labels) for inputs in x],
     }
     for snippet in snippets:
         exec(snippet, names)
     assert names["trainer"].global_step == 3
+    for adapted in (bert, vit):
+        assert all(layer.lora_B.any() for layer in lora_layers(adapted).values())
     assert isinstance(names["allocator"], RankAllocator)
     assert names["allocator"].steps == 6
     assert names["callback"].rank == 16

@@ -96,7 +96,7 @@ class ImageClassificationModule(LightningModule):
         images, labels = batch
         logits = self(images)
         self.val_accuracy(logits, labels)
-        self.log("val/loss", F.cross_entropy(logits, labels), batch_size=len(labels))
+        self.log("val/loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log("val/accuracy", self.val_accuracy, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

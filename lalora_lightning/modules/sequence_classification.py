@@ -60,7 +60,7 @@ class SequenceClassificationModule(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.log("val/loss", self._evaluate(batch, self.val_metrics), batch_size=len(batch["labels"]))
+        self.log("val/loss", self._evaluate(batch, self.val_metrics), batch_size=len(batch["labels"]), sync_dist=True)
         self.log_dict(self.val_metrics, prog_bar=True)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -1,0 +1,103 @@
+"""Sequence-to-sequence tasks, such as summarisation, with a transformers model."""
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.functional.text import rouge_score
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from lalora_lightning.hub import load_pretrained
+from lalora_lightning.modules.backbone import load_backbone
+from lalora_lightning.modules.optimization import adamw_with_linear_decay
+
+# No rougeLsum: splitting sentences needs a download.
+ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
+
+
+class Seq2SeqModule(LightningModule):
+    """A transformers encoder-decoder that is scored on the text it generates, trained in full unless it is adapted.
+
+    Batches hold ``input_ids`` and ``attention_mask`` ``(N, S)``, ``labels`` ``(N, T)`` padded with -100, which the loss
+    ignores, and to evaluate ``references``, N texts; without them the labels are decoded. Logs ``train/loss``,
+    ``val/loss`` and, for ``val/`` and ``test/``, ``rouge1``, ``rouge2`` and ``rougeL``: the mean F1 of the texts with
+    Porter stemming, from 0 to 100.
+
+    Args:
+        name: A model on the Hub or a local model folder, with its tokenizer.
+        learning_rate: Peak of the schedule, see :func:`adamw_with_linear_decay`.
+        weight_decay: Applied to matrices only.
+        warmup: Fraction of the run in which the learning rate rises.
+        max_new_tokens: Longest text that is generated, in tokens.
+        num_beams: Beams of the search in testing; 1 is greedy.
+        val_beams: Beams of the search in validation, which happens often.
+        generation: Further arguments of ``generate``, such as ``no_repeat_ngram_size``.
+        gradient_checkpointing: Recompute activations instead of keeping them.
+
+    Raises:
+        FileNotFoundError: The model or its tokenizer cannot be reached or found.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup: float = 0.06,
+        max_new_tokens: int = 128,
+        num_beams: int = 4,
+        val_beams: int = 1,
+        generation: dict[str, Any] | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.model: Any = load_backbone(AutoModelForSeq2SeqLM, name, gradient_checkpointing)
+        self.tokenizer = load_pretrained(AutoTokenizer, name)
+        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
+        self.num_beams, self.val_beams = num_beams, val_beams
+        self.generation = {"max_new_tokens": max_new_tokens, **(generation or {})}
+        # Sums, not lists of scores: they stay small, and processes may see different numbers of texts.
+        rouge = MetricCollection({key: MeanMetric() for key in ROUGE_KEYS}, compute_groups=False)
+        self.val_metrics, self.test_metrics = rouge.clone(prefix="val/"), rouge.clone(prefix="test/")
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.log("val/loss", self._loss(batch), batch_size=len(batch["labels"]), sync_dist=True)
+        self._score(batch, self.val_beams, self.val_metrics)
+        self.log_dict(self.val_metrics, prog_bar=True)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._score(batch, self.num_beams, self.test_metrics)
+        self.log_dict(self.test_metrics)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return adamw_with_linear_decay(self, self.learning_rate, self.weight_decay, self.warmup)
+
+    def generate(self, batch: dict[str, Any], num_beams: int) -> list[str]:
+        """What the model writes for a batch: N texts without special tokens."""
+        tokens = self.model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            num_beams=num_beams,
+            **self.generation,
+        )
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
+        return self.model(**{key: value for key, value in batch.items() if key != "references"}).loss
+
+    def _score(self, batch: dict[str, Any], num_beams: int, metrics: MetricCollection) -> None:
+        texts, references = self.generate(batch, num_beams), batch.get("references")
+        if references is None:
+            labels = batch["labels"].masked_fill(batch["labels"] == -100, self.tokenizer.pad_token_id)
+            references = self.tokenizer.batch_decode(labels, skip_special_tokens=True)
+        scores = rouge_score(texts, references, use_stemmer=True, rouge_keys=ROUGE_KEYS)
+        for key, metric in metrics.items(keep_base=True):
+            metric.update(100 * scores[f"{key}_fmeasure"], weight=len(texts))
