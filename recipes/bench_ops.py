@@ -15,10 +15,11 @@ import torch
 from jsonargparse import auto_cli
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import ViTConfig, ViTModel
 
-from lalora_lightning import RankAllocator, add_lora
+from lalora_lightning import RankAllocator, add_lora, lora_layers
 from recipes.reporting import table
 
 # What the dispatcher sees but no kernel runs for. `_unsafe_view` is a view that autograd does not track.
@@ -109,13 +110,50 @@ def allocator_counts(depths: tuple[int, ...] = (6, 12, 24, 48)) -> dict[int, int
     return counts
 
 
+def compiled_graphs(rank_changes: int = 50) -> tuple[int, float]:
+    """Run a compiled model forward and backward, in training and evaluation, at ranks that change every time.
+
+    Returns:
+        The number of graphs that were compiled, and the largest difference to the same model run eagerly, of outputs
+        and gradients, relative to the largest entry.
+    """
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    add_lora(model, rank=8)
+    RankAllocator(model)  # which makes the ranks of all layers views of one tensor
+    layers = list(lora_layers(model).values())
+    for layer in layers:
+        nn.init.normal_(layer.lora_B, std=0.1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    images = torch.randn(4, 3, 16, 16)
+    backend = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    difference = 0.0
+    for change in range(rank_changes):
+        for i, layer in enumerate(layers):
+            layer.set_rank(1 + (3 * change + i) % 8)
+        compiled.train()
+        outs = compiled(images), model(images)
+        grads = [torch.autograd.grad(out.square().mean(), trained) for out in outs]
+        compiled.eval()
+        with torch.no_grad():
+            evaluated = compiled(images), model(images)
+        for pair in (outs, evaluated, *zip(*grads, strict=True)):
+            difference = max(difference, ((pair[0] - pair[1]).abs().max() / pair[1].abs().max()).item())
+    return backend.frame_count, difference
+
+
 def main() -> None:
     """Print the counts."""
     rows = [[name, f"{forward:.2f}", f"{backward:.2f}"] for name, (forward, backward) in step_counts().items()]
     print("Operations per adapted linear layer above the frozen backbone (ViT, 12 layers, query and value):\n")
     print(table(["method", "forward", "backward"], rows))
     print("\nOperations of one allocator step:\n")
-    print(table(["layers", "operations"], [[str(layers), str(count)] for layers, count in allocator_counts().items()]))
+    counts = allocator_counts((6, 12, 24, 48, 96))
+    print(table(["layers", "operations"], [[str(layers), str(count)] for layers, count in counts.items()]))
+    graphs, difference = compiled_graphs()
+    print(f"\nCompiled graphs for training and evaluation over 50 changes of the ranks: {graphs}")
+    print(f"Largest relative difference between compiled and eager outputs and gradients: {difference:.1e}")
 
 
 if __name__ == "__main__":

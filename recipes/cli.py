@@ -111,6 +111,8 @@ def run(
     if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
     (scores,) = cli.trainer.test(cli.model, cli.datamodule, ckpt_path="best", verbose=False)
+    if not cli.trainer.is_global_zero:
+        return
     report = summarize_run(cli.trainer, cli.model, scores, seconds)
     folder = Path(cli.trainer.log_dir or cli.trainer.default_root_dir)
     if lora_layers(cli.model):

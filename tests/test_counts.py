@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lalora_lightning import RankAllocator, add_lora
-from recipes.bench_ops import OperationCounter, allocator_counts, step_counts
+from recipes.bench_ops import OperationCounter, allocator_counts, compiled_graphs, step_counts
 from tests.conftest import TinyTransformer
 
 
@@ -61,3 +61,10 @@ def test_the_allocator_copies_nothing_between_devices_in_a_step():
     with Devices():
         allocator.step()
     assert devices == {"meta"}
+
+
+def test_one_graph_over_fifty_rank_changes_in_training_and_evaluation():
+    graphs, difference = compiled_graphs(rank_changes=50)
+    # One for training and one for evaluation.
+    assert graphs == 2
+    assert difference < 1e-4
