@@ -1,0 +1,200 @@
+"""The eight commonsense reasoning tasks as instructions and answers, after LLM-Adapters."""
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
+
+from lalora_lightning.hub import load_pretrained, load_splits
+
+Task = Literal["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
+_FIVE = ("answer1", "answer2", "answer3", "answer4", "answer5")
+ANSWERS: dict[str, tuple[str, ...]] = {
+    "boolq": ("true", "false"),
+    "piqa": ("solution1", "solution2"),
+    "social_i_qa": _FIVE,
+    "hellaswag": ("ending1", "ending2", "ending3", "ending4"),
+    "winogrande": ("option1", "option2"),
+    "arc_easy": _FIVE,
+    "arc_challenge": _FIVE,
+    "openbookqa": _FIVE,
+}
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response:\n"
+)
+
+
+class CommonsenseDataModule(LightningDataModule):
+    """Instructions of all tasks to train on, some of them held out to validate on, and a test set for each task.
+
+    Training batches are padded on the right: ``input_ids``, ``attention_mask`` and ``labels``, each ``(N, S)`` int64,
+    with labels of -100 but on the answer and the end of text after it. Test batches are prompts padded on the left,
+    with lists of length N: ``task``, the right ``answer`` and the ``choices`` it is one of.
+
+    Args:
+        tokenizer: A model on the Hub or a local model folder, whose tokenizer is used.
+        path: The training set on the Hub, or a folder with ``train.parquet``: columns instruction and output.
+        test_path: A folder of test sets, ``<task>.parquet`` or, as LLM-Adapters has them, ``<task>/test.json``: columns
+            instruction and answer. By default the folder ``test`` in ``path``; the Hub's training set has none.
+        tasks: What to test on; by default every task that ``test_path`` has.
+        max_length: Tokens of prompt and answer in training; a longer prompt loses its start. Never cut in testing.
+        batch_size: Texts in a batch of training and validation, on each device.
+        test_batch_size: Prompts answered at once, on each device.
+        val_rows: Rows of the training set that are held out.
+        num_workers: Processes that prepare batches.
+
+    Raises:
+        FileNotFoundError: From ``test_tasks``, ``prepare_data`` and ``setup``: training set, tokenizer or the test set
+            of a task cannot be reached or found, or columns are missing.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        path: str = "zwhe99/commonsense_170k",
+        test_path: str | None = None,
+        tasks: list[Task] | None = None,
+        max_length: int = 256,
+        batch_size: int = 4,
+        test_batch_size: int = 16,
+        val_rows: int = 120,
+        num_workers: int = 2,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.tokenizer_name = tokenizer
+        self.path = path
+        self.test_path = Path(test_path or Path(path) / "test")
+        self.tasks = tasks
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.test_batch_size = test_batch_size
+        self.val_rows = val_rows
+        self.num_workers = num_workers
+        self._splits: dict[str, Any] = {}
+
+    @property
+    def test_tasks(self) -> list[str]:
+        """The tasks that are tested on."""
+        return list(self._test_files())
+
+    def prepare_data(self) -> None:
+        # What is tokenised here is read from the cache of datasets in setup, by every process.
+        self._tokenised()
+
+    def setup(self, stage: str) -> None:
+        self._splits = self._splits or self._tokenised()
+
+    def train_dataloader(self) -> DataLoader:
+        # Batches of texts of one length: 1% padding where batches of 4 drawn at random have 22%. The Trainer would
+        # shuffle any other sampler in several processes; its own takes its seed from the same place.
+        lengths = [len(ids) for ids in self._splits["train"]["input_ids"]]
+        processes, rank = self._processes()
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        sampler = DistributedLengthGroupedSampler(self.batch_size, None, processes, rank, seed, lengths=lengths)
+        return self._loader("train", self.batch_size, sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader("validation", self.batch_size)
+
+    def test_dataloader(self) -> DataLoader:
+        # The Trainer's own would repeat rows, to give as many to each process.
+        processes, rank = self._processes()
+        sampler = UnrepeatedDistributedSampler(self._splits["test"], processes, rank, shuffle=False)
+        return self._loader("test", self.test_batch_size, sampler, side="left")
+
+    def _processes(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _test_files(self) -> dict[str, Path]:
+        files = [(file.stem, file) for file in self.test_path.glob("*.parquet")]
+        files += [(file.parent.name, file) for file in self.test_path.glob("*/test.json")]
+        named = {name.lower().replace("-", "_"): file for name, file in files}
+        found = {task: named[task] for task in ANSWERS if task in named}
+        wanted: Sequence[str] = self.tasks or list(found)
+        missing = [task for task in wanted if task not in found]
+        if missing or not found:
+            raise FileNotFoundError(
+                f"Expected test sets of {', '.join(missing) or 'commonsense tasks'} in {self.test_path} but it has "
+                f"{', '.join(found) or 'none'}. Give --data.test_path a folder of <task>.parquet or <task>/test.json, "
+                f"the task one of {', '.join(ANSWERS)}."
+            )
+        return {task: found[task] for task in wanted}
+
+    def _tokenised(self) -> dict[str, Any]:
+        files = self._test_files()
+        self.tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name)
+        columns = ("instruction", "output")
+        if Path(self.path).is_dir():
+            rows = _load(Path(self.path) / "train.parquet", columns)
+        else:
+            rows = load_splits(self.path, columns=columns)["train"]
+        # Only what decides the outcome is handed over: the cache of datasets goes by it.
+        tokenise = functools.partial(_tokenise_answered, tokenizer=self.tokenizer, max_length=self.max_length)
+        halves = rows.map(tokenise, remove_columns=rows.column_names).train_test_split(self.val_rows, seed=0)
+        tests = []
+        for task, file in files.items():
+            rows = _load(file, ("instruction", "answer"))
+            tokenise = functools.partial(_tokenise_prompt, tokenizer=self.tokenizer, task=task)
+            tests.append(rows.map(tokenise, remove_columns=rows.column_names))
+        return {"train": halves["train"], "validation": halves["test"], "test": datasets.concatenate_datasets(tests)}
+
+    def _loader(
+        self, split: str, batch_size: int, sampler: DistributedSampler | None = None, side: str = "right"
+    ) -> DataLoader:
+        # On padding nothing is read and nothing learnt: where there is no token for it, as with LLaMA, any will do.
+        pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        return DataLoader(
+            self._splits[split],
+            batch_size=batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=functools.partial(_collate, pad_id=pad_id, side=side),
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def _load(file: Path, columns: Sequence[str]) -> datasets.Dataset:
+    if not file.is_file():
+        raise FileNotFoundError(f"Expected the folder {file.parent} to have {file.name} but it has not.")
+    rows = datasets.load_dataset(file.suffix[1:], data_files=str(file), split="train")
+    if not set(columns) <= set(rows.column_names):
+        names = ", ".join(rows.column_names)
+        raise FileNotFoundError(
+            f"Expected {file} to have the columns {', '.join(columns)} but its columns are {names}."
+        )
+    return rows
+
+
+def _tokenise_answered(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+    # Apart, so that the prompt has the same tokens as when an answer is generated.
+    prompt = tokenizer(PROMPT.format(row["instruction"]))["input_ids"]
+    answer = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    # The first token stays, since it may be the beginning of text.
+    prompt = prompt[:1] + prompt[1 + max(0, len(prompt) + len(answer) - max_length) :]
+    ids = prompt + answer
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(prompt) + answer}
+
+
+def _tokenise_prompt(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, task: str) -> dict[str, Any]:
+    encoded = tokenizer(PROMPT.format(row["instruction"]))
+    return {**encoded, "task": task, "choices": ANSWERS[task], "answer": row["answer"]}
+
+
+def _collate(rows: list[dict[str, Any]], pad_id: int, side: str) -> dict[str, Any]:
+    padding = {"input_ids": pad_id, "attention_mask": 0, "labels": -100}
+    batch: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0]}
+    for key in padding.keys() & batch.keys():
+        batch[key] = pad_sequence([torch.tensor(sequence) for sequence in batch[key]], True, padding[key], side)
+    return batch

@@ -1,0 +1,22 @@
+"""LLaMA-7B on eight commonsense reasoning tasks by La-LoRA (the paper's Table 9).
+
+    python -m recipes.commonsense --data.test_path LLM-Adapters/dataset
+    python -m recipes.commonsense --model.name meta-llama/Llama-2-7b-hf --data.path FOLDER --adapter lora
+
+Trains on 170 thousand instructions of all tasks, then writes an answer to every test question. The training set comes
+from the Hub or from a folder with train.parquet. The test sets are files: <task>.parquet or, as in the folder "dataset"
+of github.com/AGI-Edgerunners/LLM-Adapters, <task>/test.json; by default those in the subfolder "test" of --data.path.
+The settings are in commonsense.yaml; --help lists all there are.
+"""
+
+from lalora_lightning.data.commonsense import CommonsenseDataModule
+from lalora_lightning.modules.causal_lm import CausalLMModule
+from recipes.cli import run
+
+if __name__ == "__main__":
+    run(
+        CausalLMModule,
+        CommonsenseDataModule,
+        __file__,
+        links=[("data.test_tasks", "model.test_tasks", "instantiate"), ("model.name", "data.tokenizer", "parse")],
+    )
