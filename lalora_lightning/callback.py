@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lalora_lightning.adapters import GroupBy, add_lora, lora_layers, summarize
 from lalora_lightning.allocator import Contribution, ContributionScale, Growth, RankAllocator, check_settings
-from lalora_lightning.checkpoint import adapter_keys, missing_keys
+from lalora_lightning.checkpoint import missing_keys, without_frozen
 from lalora_lightning.layers import is_linear
 
 # Readings kept for the picture; beyond that every second one is dropped, so that a long run's memory stays flat.
@@ -202,13 +202,12 @@ class LaLoraCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         if self.save_adapter_only:
-            state = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {key: state[key] for key in adapter_keys(pl_module) if key in state}
+            checkpoint["state_dict"] = without_frozen(pl_module, checkpoint["state_dict"])
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        problems = missing_keys(adapter_keys(pl_module), checkpoint["state_dict"])
+        problems = missing_keys(pl_module, checkpoint["state_dict"])
         if problems:
             raise ValueError(f"Cannot resume from the checkpoint: {problems[0]}.")
 

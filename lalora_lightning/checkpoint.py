@@ -1,23 +1,21 @@
 """Adapter-only state: what fine-tuning changed, without the backbone."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from lalora_lightning.adapters import require_lora_layers
-from lalora_lightning.layers import TruncatedLoRALinear
+from lalora_lightning.adapters import lora_layers, require_lora_layers
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters, their ranks and everything else that is trained: a subset of ``model.state_dict()``.
+    """The adapters, their ranks, everything else that is trained, and buffers: ``model.state_dict()`` without the rest.
 
     Raises:
         ValueError: The model has no LoRA layers.
     """
     require_lora_layers(model)
-    state = model.state_dict()
-    return {key: state[key] for key in adapter_keys(model)}
+    return without_frozen(model, model.state_dict())
 
 
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -27,44 +25,39 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
         ValueError: Keys are missing or unknown, or a shape or a rank does not fit; the message lists them all, and
             nothing has been loaded.
     """
-    require_lora_layers(model)
-    keys = list(adapter_keys(model))
-    problems = missing_keys(keys, state)
-    unknown = sorted(state.keys() - set(keys))
+    own = lora_state_dict(model)
+    problems = missing_keys(model, state)
+    unknown = sorted(state.keys() - own.keys())
     if unknown:
         problems.append(f"unknown keys: {', '.join(unknown)}")
-    own = model.state_dict()
-    for key in keys:
+    for key, value in own.items():
         if key in state:
-            problems += _misfits(key, state[key], own[key])
-    problems += [
-        f"{name}.rank is {int(state[f'{name}.rank'])} of at most {layer.max_rank}"
-        for name, layer in require_lora_layers(model).items()
-        if not problems and not 1 <= int(state[f"{name}.rank"]) <= layer.max_rank
-    ]
+            problems += _misfits(key, state[key], value)
+    if not problems:
+        ranks = {f"{name}.rank".lstrip("."): layer.max_rank for name, layer in lora_layers(model).items()}
+        problems = [
+            f"expected {key} to be in [1, {max_rank}] but got {int(state[key])}"
+            for key, max_rank in ranks.items()
+            if not 1 <= int(state[key]) <= max_rank
+        ]
     if problems:
         raise ValueError(
             "Cannot load the adapter state; add_lora has to be called with the settings it was trained with. "
-            + "; ".join(problems)
-            + "."
+            f"{'; '.join(problems)}."
         )
     model.load_state_dict(state, strict=False)
 
 
-def adapter_keys(model: nn.Module) -> Iterator[str]:
-    """Keys of ``model.state_dict()`` that training changes: trained parameters and the buffers beside them."""
-    for prefix, module in model.named_modules():
-        trained = {name for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-        if isinstance(module, TruncatedLoRALinear):
-            trained |= {"lora_A", "lora_B"}
-        if trained:
-            buffers = dict(module.named_buffers(recurse=False)).keys() - module._non_persistent_buffers_set
-            yield from (f"{prefix}.{name}" if prefix else name for name in sorted(trained | buffers))
+def without_frozen(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of the model without its frozen parameters; adapters stay in, also where they are frozen."""
+    factors = {f"{name}.{factor}".lstrip(".") for name in lora_layers(model) for factor in ("lora_A", "lora_B")}
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} - factors
+    return {key: value for key, value in state.items() if key not in frozen}
 
 
-def missing_keys(keys: Iterable[str], state: Mapping[str, Any]) -> list[str]:
-    """A line that names all keys the state lacks, or nothing."""
-    missing = [key for key in keys if key not in state]
+def missing_keys(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    """A line that names all keys an adapter state of the model lacks, or nothing."""
+    missing = [key for key in without_frozen(model, model.state_dict()) if key not in state]
     return [f"missing keys: {', '.join(missing)}"] if missing else []
 
 

@@ -132,10 +132,10 @@ def compiled_graphs(rank_changes: int = 50) -> tuple[int, float]:
     for change in range(rank_changes):
         for i, layer in enumerate(layers):
             layer.set_rank(1 + (3 * change + i) % 8)
-        compiled.train()
+        model.train()
         outs = compiled(images), model(images)
         grads = [torch.autograd.grad(out.square().mean(), trained) for out in outs]
-        compiled.eval()
+        model.eval()
         with torch.no_grad():
             evaluated = compiled(images), model(images)
         for pair in (outs, evaluated, *zip(*grads, strict=True)):

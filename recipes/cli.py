@@ -16,14 +16,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lalora_lightning import LaLoraCallback, add_lora, lora_layers, lora_state_dict
 from recipes.reporting import quiet, table
 
-Adapter = Literal["lalora", "lora", "none"]
+Adapter = Literal["lalora", "lora", "head", "none"]
 
 
 class RecipeCLI(LightningCLI):
     """LightningCLI with a choice of adapter and a checkpoint of the best epoch.
 
-    ``--adapter lalora`` trains with :class:`LaLoraCallback`, ``lora`` with the same layers at full rank, ``none`` all
-    weights; the options under ``--lalora`` are the callback's.
+    ``--adapter lalora`` trains with :class:`LaLoraCallback`, ``lora`` with the same layers at full rank, ``head``
+    the task head alone, ``none`` all weights; the options under ``--lalora`` are the callback's.
     """
 
     def __init__(
@@ -65,9 +65,14 @@ class RecipeCLI(LightningCLI):
         if self.config.adapter == "lalora":
             # In front: what the other callbacks set up may depend on the layers.
             self.trainer.callbacks.insert(0, LaLoraCallback(**settings))  # type: ignore[attr-defined]
-        elif self.config.adapter == "lora":
+        elif self.config.adapter in ("lora", "head"):
             names = ("rank", "alpha", "dropout", "target_modules", "modules_to_save")
-            print(add_lora(self.model, **{name: settings[name] for name in names}))
+            add_lora(self.model, **{name: settings[name] for name in names})
+            if self.config.adapter == "head":
+                # Frozen at their start, adapters change nothing.
+                for layer in lora_layers(self.model).values():
+                    layer.lora_A.requires_grad_(False)
+                    layer.lora_B.requires_grad_(False)
 
 
 def run(

@@ -24,11 +24,18 @@ def test_state_holds_adapters_ranks_and_head_only(adapted: TinyTransformer):
     assert set(lora_state_dict(adapted)) == expected | {"head.weight", "head.bias"}
 
 
-def test_buffers_beside_trained_parameters_belong_to_the_state():
+def test_buffers_belong_to_the_state_since_training_changes_them():
     model = TinyTransformer()
-    model.head = nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 2))
+    model.norm = nn.BatchNorm1d(8)
     add_lora(model, rank=2)
-    assert {"head.0.running_mean", "head.0.num_batches_tracked", "head.1.bias"} <= set(lora_state_dict(model))
+    state = lora_state_dict(model)
+    assert {"norm.running_mean", "norm.num_batches_tracked"} <= set(state)
+    assert "norm.weight" not in state
+
+
+def test_adapters_belong_to_the_state_also_where_they_are_frozen(adapted: TinyTransformer):
+    adapted.blocks[0].query.lora_A.requires_grad_(False)
+    assert "blocks.0.query.lora_A" in lora_state_dict(adapted)
 
 
 @pytest.mark.parametrize("form", ["torch", "safetensors"])
@@ -76,7 +83,7 @@ def test_a_state_of_another_rank(adapted: TinyTransformer):
 @pytest.mark.parametrize("rank", [0, 5])
 def test_a_rank_out_of_range(adapted: TinyTransformer, rank: int):
     state = {**lora_state_dict(adapted), "blocks.1.value.rank": torch.tensor(rank)}
-    with pytest.raises(ValueError, match=rf"blocks\.1\.value\.rank is {rank} of at most 4"):
+    with pytest.raises(ValueError, match=rf"blocks\.1\.value\.rank to be in \[1, 4\] but got {rank}"):
         load_lora_state_dict(fresh(), state)
 
 
