@@ -10,7 +10,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def load_splits(path: str, name: str | None = None, columns: Iterable[str] = ()) -> dict[str, Dataset]:
+def load_splits(
+    path: str,
+    name: str | None = None,
+    columns: Iterable[str] = (),
+    splits: Iterable[str] = ("train",),
+    max_train_rows: int | None = None,
+) -> dict[str, Dataset]:
     """All splits of a data set.
 
     Args:
@@ -18,9 +24,11 @@ def load_splits(path: str, name: str | None = None, columns: Iterable[str] = ())
             one folder a class.
         name: A configuration on the Hub; locally the subfolder of that name.
         columns: Columns that every split must have.
+        splits: Splits that there must be.
+        max_train_rows: So many rows of the training split only, drawn at random, always the same.
 
     Raises:
-        FileNotFoundError: The data set cannot be reached or found, has no train split or lacks a column.
+        FileNotFoundError: The data set cannot be reached or found, or lacks a split or a column.
     """
     import datasets
 
@@ -33,15 +41,19 @@ def load_splits(path: str, name: str | None = None, columns: Iterable[str] = ())
             f"Cannot load the data set {where!r} ({_first_line(error)}). Without a network, give --data.path a local "
             "folder in the Hub's layout."
         ) from error
-    if "train" not in loaded:
-        raise FileNotFoundError(f"Expected {where} to have a train split but its splits are {', '.join(loaded)}.")
     for split, rows in loaded.items():
         if not set(columns) <= set(rows.column_names):
             raise FileNotFoundError(
                 f"Expected the {split} split of {where} to have the columns {', '.join(columns)} but its columns are "
                 f"{', '.join(rows.column_names)}."
             )
-    return dict(loaded)
+    for split in splits:
+        if split not in loaded:
+            raise FileNotFoundError(f"Expected {where} to have a {split} split but its splits are {', '.join(loaded)}.")
+    loaded = dict(loaded)
+    if max_train_rows is not None and max_train_rows < len(loaded["train"]):
+        loaded["train"] = loaded["train"].shuffle(seed=0).select(range(max_train_rows))
+    return loaded
 
 
 def load_pretrained(auto_class: Any, name: str, **arguments: Any) -> Any:

@@ -1,5 +1,6 @@
 """The command line that all Trainer recipes share: fit, test, report, save the adapter."""
 
+import argparse
 import json
 import sys
 import time
@@ -80,7 +81,7 @@ def run(
     data: type[LightningDataModule],
     recipe: str,
     links: Sequence[tuple[str, str, str]] = (),
-    variant: str | None = None,
+    variants: tuple[str, str] | None = None,
 ) -> None:
     """Fit, test the best checkpoint, print a table, save the adapter and the table beside the logs.
 
@@ -89,12 +90,16 @@ def run(
         data: Its data.
         recipe: Path of the recipe; a YAML file of the same name beside it holds its settings.
         links: ``(source, target, "parse" or "instantiate")`` arguments that follow others.
-        variant: A second YAML file, ``<recipe>.<variant>.yaml``, overrides the first.
+        variants: An argument and its default; ``<recipe>.<value of the argument>.yaml`` overrides the first YAML file.
     """
     quiet()
     torch.set_float32_matmul_precision("high")
     files = [Path(recipe).with_suffix(".yaml")]
-    if variant is not None:
+    if variants is not None:
+        # Read before all others, since their defaults depend on it. What it may be is the module's to check.
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument(f"--{variants[0]}", dest="variant", default=variants[1])
+        variant = first.parse_known_args()[0].variant
         files.append(Path(recipe).with_suffix(f".{variant}.yaml"))
     try:
         cli = RecipeCLI(module, data, links, files)
@@ -124,7 +129,7 @@ def run(
         torch.save(lora_state_dict(cli.model), folder / "adapter.pt")
     (folder / "report.json").write_text(json.dumps(report, indent=2))
     rows = [[key, f"{value:.4g}" if isinstance(value, float) else str(value)] for key, value in report.items()]
-    print("\n" + table([Path(recipe).stem, variant or ""], rows))
+    print("\n" + table([files[-1].stem, ""], rows))
     print(f"\nLogs, settings, report and weights: {folder}")
 
 

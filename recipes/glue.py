@@ -6,20 +6,15 @@
 The settings are in glue.yaml and, for each task, glue.<task>.yaml; --help lists all there are.
 """
 
-import argparse
-
-from lalora_lightning.data.glue import TEXT_COLUMNS, GlueDataModule
+from lalora_lightning.data.glue import GlueDataModule
 from lalora_lightning.modules.sequence_classification import SequenceClassificationModule
 from recipes.cli import run
 
 if __name__ == "__main__":
-    # Read before all others, since the other defaults depend on it.
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--data.task", dest="task", choices=list(TEXT_COLUMNS), default="mrpc")
     run(
         SequenceClassificationModule,
         GlueDataModule,
         __file__,
         links=[("data.num_labels", "model.num_labels", "instantiate"), ("model.name", "data.tokenizer", "parse")],
-        variant=first.parse_known_args()[0].task,
+        variants=("data.task", "mrpc"),
     )

@@ -2,20 +2,20 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, DistributedSampler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 
-from lalora_lightning.hub import load_pretrained, load_splits
+from lalora_lightning.data.text import TextDataModule
+from lalora_lightning.hub import load_splits
 
 Task = Literal["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
 _FIVE = ("answer1", "answer2", "answer3", "answer4", "answer5")
@@ -35,7 +35,7 @@ PROMPT = (
 )
 
 
-class CommonsenseDataModule(LightningDataModule):
+class CommonsenseDataModule(TextDataModule):
     """Instructions of all tasks to train on, some of them held out to validate on, and a test set for each task.
 
     Training batches are padded on the right: ``input_ids``, ``attention_mask`` and ``labels``, each ``(N, S)`` int64,
@@ -71,30 +71,19 @@ class CommonsenseDataModule(LightningDataModule):
         val_rows: int = 120,
         num_workers: int = 2,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, batch_size, num_workers)
         self.save_hyperparameters()
-        self.tokenizer_name = tokenizer
         self.path = path
         self.test_path = Path(test_path or Path(path) / "test")
         self.tasks = tasks
         self.max_length = max_length
-        self.batch_size = batch_size
         self.test_batch_size = test_batch_size
         self.val_rows = val_rows
-        self.num_workers = num_workers
-        self._splits: dict[str, Any] = {}
 
     @property
     def test_tasks(self) -> list[str]:
         """The tasks that are tested on."""
         return list(self._test_files())
-
-    def prepare_data(self) -> None:
-        # What is tokenised here is read from the cache of datasets in setup, by every process.
-        self._tokenised()
-
-    def setup(self, stage: str) -> None:
-        self._splits = self._splits or self._tokenised()
 
     def train_dataloader(self) -> DataLoader:
         # Batches of texts of one length: 1% padding where batches of 4 drawn at random have 22%. The Trainer would
@@ -103,16 +92,19 @@ class CommonsenseDataModule(LightningDataModule):
         processes, rank = self._processes()
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         sampler = DistributedLengthGroupedSampler(self.batch_size, None, processes, rank, seed, lengths=lengths)
-        return self._loader("train", self.batch_size, sampler)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._loader("validation", self.batch_size)
+        return self.loader("train", sampler=sampler)
 
     def test_dataloader(self) -> DataLoader:
         # The Trainer's own would repeat rows, to give as many to each process.
         processes, rank = self._processes()
         sampler = UnrepeatedDistributedSampler(self._splits["test"], processes, rank, shuffle=False)
-        return self._loader("test", self.test_batch_size, sampler, side="left")
+        collate = self.collator(side="left")
+        return self.loader("test", sampler=sampler, batch_size=self.test_batch_size, collate_fn=collate)
+
+    def collator(self, side: str = "right") -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        # On padding nothing is read and nothing learnt: where there is no token for it, as with LLaMA, any will do.
+        pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        return functools.partial(_collate, pad_id=pad_id, side=side)
 
     def _processes(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
@@ -132,15 +124,13 @@ class CommonsenseDataModule(LightningDataModule):
             )
         return {task: found[task] for task in wanted}
 
-    def _tokenised(self) -> dict[str, Any]:
+    def tokenise(self) -> dict[str, Any]:
         files = self._test_files()
-        self.tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name)
         columns = ("instruction", "output")
         if Path(self.path).is_dir():
             rows = _load(Path(self.path) / "train.parquet", columns)
         else:
             rows = load_splits(self.path, columns=columns)["train"]
-        # Only what decides the outcome is handed over: the cache of datasets goes by it.
         tokenise = functools.partial(_tokenise_answered, tokenizer=self.tokenizer, max_length=self.max_length)
         halves = rows.map(tokenise, remove_columns=rows.column_names).train_test_split(self.val_rows, seed=0)
         tests = []
@@ -149,20 +139,6 @@ class CommonsenseDataModule(LightningDataModule):
             tokenise = functools.partial(_tokenise_prompt, tokenizer=self.tokenizer, task=task)
             tests.append(rows.map(tokenise, remove_columns=rows.column_names))
         return {"train": halves["train"], "validation": halves["test"], "test": datasets.concatenate_datasets(tests)}
-
-    def _loader(
-        self, split: str, batch_size: int, sampler: DistributedSampler | None = None, side: str = "right"
-    ) -> DataLoader:
-        # On padding nothing is read and nothing learnt: where there is no token for it, as with LLaMA, any will do.
-        pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
-        return DataLoader(
-            self._splits[split],
-            batch_size=batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=functools.partial(_collate, pad_id=pad_id, side=side),
-            persistent_workers=self.num_workers > 0,
-        )
 
 
 def _load(file: Path, columns: Sequence[str]) -> datasets.Dataset:

@@ -3,11 +3,10 @@
 import functools
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from lalora_lightning.hub import load_pretrained, load_splits
+from lalora_lightning.data.text import TextDataModule
+from lalora_lightning.hub import load_splits
 
 Task = Literal["cola", "sst2", "mrpc", "stsb", "qnli", "rte", "mnli"]
 TEXT_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -21,7 +20,7 @@ TEXT_COLUMNS: dict[str, tuple[str, ...]] = {
 }
 
 
-class GlueDataModule(LightningDataModule):
+class GlueDataModule(TextDataModule):
     """A task of GLUE, tokenised and padded batch by batch. The validation split is also what is tested on.
 
     GLUE keeps the labels of its test splits to itself; of MNLI the matched validation split is used.
@@ -50,62 +49,32 @@ class GlueDataModule(LightningDataModule):
         num_workers: int = 2,
         max_train_rows: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, batch_size, num_workers)
         self.save_hyperparameters()
         self.task = task
-        self.tokenizer_name = tokenizer
         self.path = path
         self.max_length = max_length
-        self.batch_size = batch_size
-        self.num_workers = num_workers
         self.max_train_rows = max_train_rows
-        self._splits: dict[str, Any] = {}
 
     @property
     def num_labels(self) -> int:
         """Size of the head; 1 is regression."""
         return {"stsb": 1, "mnli": 3}.get(self.task, 2)
 
-    def prepare_data(self) -> None:
-        # What is tokenised here is read from the cache of datasets in setup, by every process.
-        self._tokenised()
-
-    def setup(self, stage: str) -> None:
-        self._splits = self._splits or self._tokenised()
-
-    def train_dataloader(self) -> DataLoader:
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._loader("validation_matched" if self.task == "mnli" else "validation")
-
-    def test_dataloader(self) -> DataLoader:
-        return self.val_dataloader()
-
-    def _tokenised(self) -> dict[str, Any]:
-        self.tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name)
+    def tokenise(self) -> dict[str, Any]:
         texts = TEXT_COLUMNS[self.task]
-        splits = load_splits(self.path, self.task, columns=(*texts, "label"))
-        if self.max_train_rows is not None and self.max_train_rows < len(splits["train"]):
-            splits["train"] = splits["train"].shuffle(seed=0).select(range(self.max_train_rows))
-
-        # Only what decides the outcome is handed over: the cache of datasets goes by it.
+        validation = "validation_matched" if self.task == "mnli" else "validation"
+        splits = load_splits(
+            self.path, self.task, (*texts, "label"), ("train", validation), max_train_rows=self.max_train_rows
+        )
         tokenise = functools.partial(_tokenise, tokenizer=self.tokenizer, texts=texts, max_length=self.max_length)
         return {
-            split: rows.map(tokenise, batched=True, remove_columns=rows.column_names)
-            for split, rows in splits.items()
-            if not split.startswith("test")
+            name: splits[split].map(tokenise, batched=True, remove_columns=splits[split].column_names)
+            for name, split in (("train", "train"), ("validation", validation))
         }
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
-        return DataLoader(
-            self._splits[split],
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            collate_fn=DataCollatorWithPadding(self.tokenizer),
-            persistent_workers=self.num_workers > 0,
-        )
+    def collator(self) -> DataCollatorWithPadding:
+        return DataCollatorWithPadding(self.tokenizer)
 
 
 def _tokenise(

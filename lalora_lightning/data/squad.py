@@ -1,19 +1,19 @@
 """SQuAD 1.1 and 2.0."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorWithPadding
+from transformers import DataCollatorWithPadding
 
 from lalora_lightning.data.squad_windows import collate, tokenise
-from lalora_lightning.hub import load_pretrained, load_splits
+from lalora_lightning.data.text import TextDataModule
+from lalora_lightning.hub import load_splits
 
 Version = Literal["1.1", "2.0"]
 
 
-class SquadDataModule(LightningDataModule):
+class SquadDataModule(TextDataModule):
     """Questions and contexts, tokenised and padded batch by batch. The validation split is also what is tested on.
 
     A context that is too long gives several overlapping windows, see :func:`tokenise`, and batches of the validation
@@ -47,56 +47,27 @@ class SquadDataModule(LightningDataModule):
         num_workers: int = 2,
         max_train_rows: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, batch_size, num_workers)
         self.save_hyperparameters()
         self.version = version
-        self.tokenizer_name = tokenizer
         self.path = path
         self.max_length = max_length
         self.stride = stride
-        self.batch_size = batch_size
-        self.num_workers = num_workers
         self.max_train_rows = max_train_rows
-        self._splits: dict[str, Any] = {}
 
     @property
     def no_answer(self) -> bool:
         """Whether there are questions without answer."""
         return self.version == "2.0"
 
-    def prepare_data(self) -> None:
-        # What is tokenised here is read from the cache of datasets in setup, by every process.
-        self._tokenised()
-
-    def setup(self, stage: str) -> None:
-        self._splits = self._splits or self._tokenised()
-
-    def train_dataloader(self) -> DataLoader:
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._loader("validation")
-
-    def test_dataloader(self) -> DataLoader:
-        return self.val_dataloader()
-
-    def _tokenised(self) -> dict[str, Any]:
-        # On the right, so that the first token of a window is never padding.
-        self.tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name, padding_side="right")
+    def tokenise(self) -> dict[str, Any]:
         if self.max_length > self.tokenizer.model_max_length:
             raise ValueError(
                 f"Expected max_length to be at most {self.tokenizer.model_max_length}, which is what "
                 f"{self.tokenizer_name} takes, but got {self.max_length}."
             )
-        splits = load_splits(self.path, columns=("context", "question", "answers"))
-        if "validation" not in splits:
-            raise FileNotFoundError(
-                f"Expected {self.path} to have a validation split but its splits are {', '.join(splits)}."
-            )
-        if self.max_train_rows is not None and self.max_train_rows < len(splits["train"]):
-            splits["train"] = splits["train"].shuffle(seed=0).select(range(self.max_train_rows))
-
-        # Only what decides the outcome is handed over: the cache of datasets goes by it.
+        columns, needed = ("context", "question", "answers"), ("train", "validation")
+        splits = load_splits(self.path, None, columns, needed, self.max_train_rows)
         arguments = {
             "tokenizer": self.tokenizer,
             "max_length": self.max_length,
@@ -110,15 +81,8 @@ class SquadDataModule(LightningDataModule):
                 with_indices=True,
                 remove_columns=splits[split].column_names,
             )
-            for split in ("train", "validation")
+            for split in needed
         }
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
-        return DataLoader(
-            self._splits[split],
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            collate_fn=functools.partial(collate, pad=DataCollatorWithPadding(self.tokenizer)),
-            persistent_workers=self.num_workers > 0,
-        )
+    def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        return functools.partial(collate, pad=DataCollatorWithPadding(self.tokenizer))

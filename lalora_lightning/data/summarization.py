@@ -1,17 +1,17 @@
 """Texts with summaries, from the Hub or from a folder."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from lalora_lightning.hub import load_pretrained, load_splits
+from lalora_lightning.data.text import TextDataModule
+from lalora_lightning.hub import load_splits
 
 
-class SummarizationDataModule(LightningDataModule):
+class SummarizationDataModule(TextDataModule):
     """A column of texts and a column of their summaries, tokenised and padded batch by batch.
 
     Batches hold ``input_ids`` and ``attention_mask`` ``(N, S)``, ``labels`` ``(N, T)`` padded with -100, and
@@ -50,43 +50,18 @@ class SummarizationDataModule(LightningDataModule):
         num_workers: int = 2,
         max_train_rows: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, batch_size, num_workers)
         self.save_hyperparameters()
-        self.path, self.config, self.tokenizer_name = path, config, tokenizer
+        self.path, self.config = path, config
         self.columns, self.prefix = (source_column, target_column), prefix
         self.lengths = [max_source_length, max_target_length]
-        self.batch_size, self.num_workers = batch_size, num_workers
         self.max_train_rows = max_train_rows
-        self._splits: dict[str, Any] = {}
 
-    def prepare_data(self) -> None:
-        # What is tokenised here is read from the cache of datasets in setup, by every process.
-        self._tokenised()
-
-    def setup(self, stage: str) -> None:
-        self._splits = self._splits or self._tokenised()
-
-    def train_dataloader(self) -> DataLoader:
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._loader("validation")
-
-    def test_dataloader(self) -> DataLoader:
-        return self._loader("test" if "test" in self._splits else "validation")
-
-    def _tokenised(self) -> dict[str, Any]:
-        self.tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name)
+    def tokenise(self) -> dict[str, Any]:
         folder = Path(self.path)
         in_folder_itself = folder.is_dir() and not (folder / (self.config or "")).is_dir()
-        splits = load_splits(self.path, None if in_folder_itself else self.config, self.columns)
-        if "validation" not in splits:
-            found = ", ".join(splits)
-            raise FileNotFoundError(f"Expected {self.path} to have a validation split but its splits are {found}.")
-        if self.max_train_rows is not None and self.max_train_rows < len(splits["train"]):
-            splits["train"] = splits["train"].shuffle(seed=0).select(range(self.max_train_rows))
-
-        # Only what decides the outcome is handed over: the cache of datasets goes by it.
+        config = None if in_folder_itself else self.config
+        splits = load_splits(self.path, config, self.columns, ("train", "validation"), self.max_train_rows)
         tokenise = functools.partial(
             _tokenise, tokenizer=self.tokenizer, columns=self.columns, prefix=self.prefix, lengths=self.lengths
         )
@@ -94,15 +69,8 @@ class SummarizationDataModule(LightningDataModule):
             split: rows.map(tokenise, batched=True, remove_columns=rows.column_names) for split, rows in splits.items()
         }
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader:
-        return DataLoader(
-            self._splits[split],
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            collate_fn=functools.partial(_collate, pad=DataCollatorForSeq2Seq(self.tokenizer)),
-            persistent_workers=self.num_workers > 0,
-        )
+    def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        return functools.partial(_collate, pad=DataCollatorForSeq2Seq(self.tokenizer))
 
 
 def _tokenise(

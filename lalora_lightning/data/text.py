@@ -1,0 +1,73 @@
+"""What the data modules for text share: tokenised once, padded batch by batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Sampler
+from transformers import AutoTokenizer
+
+from lalora_lightning.hub import load_pretrained
+
+
+class TextDataModule(LightningDataModule):
+    """A data module whose subclasses say how to tokenise and how to make a batch.
+
+    Where there is no test split, the validation split is tested on.
+
+    Args:
+        tokenizer: A model on the Hub or a local model folder, whose tokenizer is used.
+        batch_size: Rows in a batch, on each device.
+        num_workers: Processes that prepare batches.
+    """
+
+    def __init__(self, tokenizer: str, batch_size: int, num_workers: int) -> None:
+        super().__init__()
+        self.tokenizer_name = tokenizer
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self._splits: dict[str, Any] = {}
+
+    def tokenise(self) -> dict[str, Any]:
+        """The splits "train", "validation" and perhaps "test", ready for batches.
+
+        The functions it maps over rows take only what decides the outcome: the cache of datasets goes by it.
+        """
+        raise NotImplementedError
+
+    def collator(self) -> Callable[[list[dict[str, Any]]], Any]:
+        """Makes a batch of rows; can be sent to other processes."""
+        raise NotImplementedError
+
+    def prepare_data(self) -> None:
+        # What one process tokenises here, all read from the cache in setup.
+        self._load()
+
+    def setup(self, stage: str) -> None:
+        self._splits = self._splits or self._load()
+
+    def train_dataloader(self) -> DataLoader:
+        return self.loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.loader("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        return self.loader("test" if "test" in self._splits else "validation")
+
+    def loader(self, split: str, shuffle: bool = False, sampler: Sampler | None = None, **arguments: Any) -> DataLoader:
+        """A loader of a split; ``arguments`` take the place of the usual ones of ``DataLoader``."""
+        usual = {"batch_size": self.batch_size, "collate_fn": self.collator()}
+        return DataLoader(
+            self._splits[split],
+            shuffle=shuffle,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            **{**usual, **arguments},
+        )
+
+    def _load(self) -> dict[str, Any]:
+        # On the right, so that the first token of a text is never padding.
+        self.tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name, padding_side="right")
+        return self.tokenise()
