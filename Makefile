@@ -7,7 +7,7 @@ demo: .venv/recipes-installed
 	$(BIN)/python -m recipes.digits
 
 test: .venv/dev-installed
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=95
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
 
 lint: .venv/dev-installed
 	$(BIN)/ruff check .

@@ -115,6 +115,10 @@ class LaLoraCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the layers in, early enough for the optimizer and for weights that are restored."""
+        if self._module is not pl_module:
+            # What was kept of another module's run is no part of this one's.
+            self._module = pl_module
+            self.allocator, self.history, self._skipped = None, [], 0
         # A module without linear layers builds its model later, and adapts it itself.
         if not lora_layers(pl_module) and any(map(is_linear, pl_module.modules())):
             add_lora(pl_module, self.rank, self.alpha, self.dropout, self.target_modules, self.modules_to_save)
@@ -129,8 +133,7 @@ class LaLoraCallback(pl.Callback):
                 "builds its model in setup() or configure_model() has to call add_lora(self) at the end of it."
             )
         self._require_optimized(trainer, pl_module)
-        if self.allocator is None or self._module is not pl_module:
-            self._module = pl_module
+        if self.allocator is None:
             self.allocator = self._build_allocator(trainer, pl_module)
             self._last_step = trainer.global_step
         if self._restored is not None:

@@ -4,6 +4,9 @@ from torch import nn
 
 from lalora_lightning import TruncatedLoRALinear, add_lora
 
+# The suite runs in two processes; threads of their own would only get in each other's way.
+torch.set_num_threads(1)
+
 
 class Attention(nn.Module):
     def __init__(self, width: int) -> None:

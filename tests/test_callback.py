@@ -136,11 +136,12 @@ def test_the_total_rank_is_in_the_progress_bar(tmp_path: Path):
 
 def test_numbers_are_asked_from_the_device_at_logging_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     callback = LaLoraCallback(rank=4)
+    read = callback._read
     reads = []
-    monkeypatch.setattr(callback, "_read", lambda trainer: reads.append(trainer.global_step) or ([1, 1, 1], 3.0))
-    callback.history = [(21, [1, 1, 1], 3.0)]
+    monkeypatch.setattr(callback, "_read", lambda trainer: reads.append(trainer.global_step) or read(trainer))
     new_trainer(tmp_path, callback, log_every_n_steps=10).fit(Task(), loader())
-    assert reads == [0, 10, 20]
+    # At the start, every tenth step, and the last.
+    assert reads == [0, 10, 20, 21]
 
 
 def test_layers_that_are_there_already_are_used(tmp_path: Path):
@@ -257,6 +258,24 @@ def test_another_module_gets_its_own_allocator(tmp_path: Path):
     new_trainer(tmp_path, callback, max_epochs=1).fit(Task(), loader())
     assert callback.allocator is not first
     assert callback.allocator.steps == 7
+    assert [step for step, _, _ in callback.history] == list(range(8))
+
+
+def test_a_checkpoint_is_restored_into_the_module_that_is_fitted_and_into_no_other(tmp_path: Path):
+    first, second = Task(), Task()
+    callback = LaLoraCallback(rank=4, gamma=3.0)
+    trainer = new_trainer(tmp_path, callback, max_epochs=2)
+    trainer.fit(first, loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    trained = callback.allocator.state_dict()
+    for layer in lora_layers(first).values():
+        layer.set_rank(1)
+
+    new_trainer(tmp_path, callback, max_epochs=2).fit(second, loader(), ckpt_path=tmp_path / "end.ckpt")
+    assert callback.allocator.ranks.tolist() == trained["ranks"].tolist()
+    assert callback.allocator.steps == 14
+    assert [int(second.model.blocks[i].query.rank) for i in range(3)] == trained["ranks"].tolist()
+    assert all(int(layer.rank) == 1 for layer in lora_layers(first).values())
 
 
 def test_freeze_after_a_fraction_of_the_run(tmp_path: Path):
