@@ -248,6 +248,7 @@ class RankAllocator:
         self._padding = torch.zeros(1, self.max_rank, device=device)
         self._components = torch.arange(self.max_rank, device=device)
 
+    @torch.no_grad()
     def _component_squares(self, read: Callable[[TruncatedLoRALinear], tuple[Tensor, Tensor]]) -> Tensor:
         """Squared norms of all rank components, (2, L, K, r); matrices of one shape are read in one go."""
         factors = [pair for layer in self._projections for pair in layer.split(*read(layer))]

@@ -213,6 +213,13 @@ def test_start(adapted: TinyTransformer, settings: dict, ranks: list[int], budge
     assert allocator.budget.item() == budget
 
 
+def test_the_allocator_holds_no_graph(adapted: TinyTransformer):
+    allocator = RankAllocator(adapted)
+    allocator.step()
+    assert not any(value.requires_grad for value in vars(allocator).values() if isinstance(value, torch.Tensor))
+    assert not RankAllocator(adapted).state_dict()["value"].requires_grad
+
+
 def test_average_rank_caps_the_budget_and_not_a_layer():
     model = Projections(*[([1.0] * 8, [0.1] * 8)] * 4)
     allocator = RankAllocator(model, gamma=50.0, average_rank=3, temperature=0.2)
