@@ -37,6 +37,7 @@ class GlueDataModule(TextDataModule):
     Raises:
         FileNotFoundError: From ``prepare_data`` and ``setup``: data set or tokenizer cannot be reached or found, or
             columns are missing.
+        ValueError: From the same: there are labels outside the task's classes.
     """
 
     def __init__(
@@ -67,6 +68,14 @@ class GlueDataModule(TextDataModule):
         splits = load_splits(
             self.path, self.task, (*texts, "label"), ("train", validation), max_train_rows=self.max_train_rows
         )
+        if self.num_labels > 1:
+            for split in ("train", validation):
+                unknown = set(splits[split].unique("label")) - set(range(self.num_labels))
+                if unknown:
+                    raise ValueError(
+                        f"Expected the labels of {self.task} to be from 0 to {self.num_labels - 1} but its {split} split "
+                        f"has {', '.join(map(str, sorted(unknown)))}."
+                    )
         tokenise = functools.partial(_tokenise, tokenizer=self.tokenizer, texts=texts, max_length=self.max_length)
         return {
             name: splits[split].map(tokenise, batched=True, remove_columns=splits[split].column_names)

@@ -94,6 +94,12 @@ def test_what_is_missing_is_said(tokenizer: str, tmp_path: Path):
         load(str(tmp_path / "nothing"), path, "cola")
 
 
+def test_labels_outside_the_classes(tokenizer: str, tmp_path: Path):
+    path = write(tmp_path / "glue", "cola", sentence=["a", "b", "c"], label=[0, 2, -1])
+    with pytest.raises(ValueError, match="labels of cola to be from 0 to 1 but its train split has -1, 2"):
+        load(tokenizer, path, "cola")
+
+
 @pytest.mark.parametrize("task", ["cola", "mrpc", "sst2", "stsb"])
 def test_real_data(tokenizer: str, task: str):
     path = Path(__file__).parents[3] / "shared" / "data" / "glue"
