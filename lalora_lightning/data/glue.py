@@ -73,7 +73,7 @@ class GlueDataModule(TextDataModule):
                 unknown = set(splits[split].unique("label")) - set(range(self.num_labels))
                 if unknown:
                     raise ValueError(
-                        f"Expected the labels of {self.task} to be from 0 to {self.num_labels - 1} but its {split} split "
+                        f"Expected labels of {self.task} to be from 0 to {self.num_labels - 1} but its {split} split "
                         f"has {', '.join(map(str, sorted(unknown)))}."
                     )
         tokenise = functools.partial(_tokenise, tokenizer=self.tokenizer, texts=texts, max_length=self.max_length)

@@ -96,7 +96,7 @@ def test_what_is_missing_is_said(tokenizer: str, tmp_path: Path):
 
 def test_labels_outside_the_classes(tokenizer: str, tmp_path: Path):
     path = write(tmp_path / "glue", "cola", sentence=["a", "b", "c"], label=[0, 2, -1])
-    with pytest.raises(ValueError, match="labels of cola to be from 0 to 1 but its train split has -1, 2"):
+    with pytest.raises(ValueError, match="Expected labels of cola to be from 0 to 1 but its train split has -1, 2"):
         load(tokenizer, path, "cola")
 
 
