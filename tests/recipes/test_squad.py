@@ -77,4 +77,4 @@ def test_squad_shows_its_settings(
 
 def test_squad_in_an_unknown_version(in_process: Callable[..., None], capsys: pytest.CaptureFixture):
     in_process("--data.version=3.0")
-    assert "invalid choice: '3.0' (choose from " in capsys.readouterr().err
+    assert "Expected a typing.Literal['1.1', '2.0']. Got value: 3.0" in capsys.readouterr().err
