@@ -132,8 +132,16 @@ def add_lora(
 
 def merge_lora(model: nn.Module) -> None:
     """Fold every adapter into its base weight; see :meth:`TruncatedLoRALinear.merge`."""
-    for layer in require_lora_layers(model).values():
-        layer.merge()
+    merged = []
+    try:
+        for layer in require_lora_layers(model).values():
+            layer.merge()
+            merged.append(layer)
+    except Exception:
+        # All or none.
+        for layer in merged:
+            layer.unmerge()
+        raise
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -267,8 +275,10 @@ def _query_and_value(modules: dict[str, nn.Module]) -> dict[str, list[tuple[int,
 def _find_head(modules: dict[str, nn.Module], targets: Iterable[str]) -> list[str]:
     """The task head: what stands beside the adapted backbone and holds a linear layer.
 
-    Goes down from the root, along the modules that hold all targets, to the first one with such a part.
+    Goes down from the root, along the modules that hold all targets, to the first one with such a part. Parts that are
+    frozen already, such as a teacher, are passed over; where there are no others, nothing is trained in full.
     """
+    frozen = False
     paths = [name.split(".") for name in targets]
     for depth in range(len(shared_parts(map(_parent, targets))) + 1):
         here = ".".join(paths[0][:depth])
@@ -277,9 +287,13 @@ def _find_head(modules: dict[str, nn.Module], targets: Iterable[str]) -> list[st
             for name, module in modules[here].named_children()
             if name not in {path[depth] for path in paths} and any(map(is_linear, module.modules()))
         ]
-        if beside:
-            prefix = here + "." if here else ""
-            return [prefix + name for name in beside if name not in LANGUAGE_MODEL_HEADS]
+        prefix = here + "." if here else ""
+        trainable = [name for name in beside if any(p.requires_grad for p in modules[prefix + name].parameters())]
+        if trainable:
+            return [prefix + name for name in trainable if name not in LANGUAGE_MODEL_HEADS]
+        frozen |= bool(beside)
+    if frozen:
+        return []
     raise ValueError(
         "Expected to find a task head beside the adapted layers but found none; name the modules to train in full with "
         f"modules_to_save, or give an empty list to train adapters only. {_linear_layers_seen(modules)}"

@@ -135,7 +135,7 @@ class RankAllocator:
             return
         self._follow_device()
         squares = self._component_squares(_gradient)
-        average = torch.lerp(squares, self._fisher, FISHER_DECAY)
+        average = torch.lerp(squares, self._fisher.to(squares.dtype), FISHER_DECAY)
         self._fisher = torch.where(squares.sum() < math.inf, average, self._fisher)
         self._observed = True
 
@@ -274,6 +274,8 @@ class RankAllocator:
             for layer, (rank, mask) in zip(self._projections, self._bound, strict=True)
         ):
             return
+        if any(layer.max_rank != self.max_rank for layer in self._projections):
+            raise RuntimeError("Expected the model to be as it was but it was trimmed; its ranks are final.")
         device = self._projections[0].lora_A.device
         for name, value in vars(self).items():
             if isinstance(value, Tensor):

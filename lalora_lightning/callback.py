@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
@@ -31,7 +32,9 @@ class LaLoraCallback(pl.Callback):
     and the total to the progress bar; a TensorBoard logger also gets a picture of the trajectories after fit. Only
     then are numbers asked from the device.
 
-    A LightningModule that builds its model in ``setup`` or ``configure_model`` calls ``add_lora`` itself, there.
+    A LightningModule that builds its model in ``setup`` or ``configure_model`` calls ``add_lora`` itself, there. Under
+    manual optimization the allocator acts once for each batch that stepped an optimizer. Weight averaging works with
+    ``use_buffers=False``, after this callback: ranks have no average.
 
     Args:
         rank: Maximum rank of a projection. The arguments from ``gamma`` on are explained at :class:`RankAllocator`.
@@ -118,13 +121,15 @@ class LaLoraCallback(pl.Callback):
         if self._module is not pl_module:
             # What was kept of another module's run is no part of this one's.
             self._module = pl_module
-            self.allocator, self.history, self._skipped = None, [], 0
+            self.allocator, self.history, self._skipped, self._restored = None, [], 0, None
         # A module without linear layers builds its model later, and adapts it itself.
         if not lora_layers(pl_module) and any(map(is_linear, pl_module.modules())):
             add_lora(pl_module, self.rank, self.alpha, self.dropout, self.target_modules, self.modules_to_save)
             rank_zero_info(f"La-LoRA: {summarize(pl_module, self.group_by)}")
         if self.save_adapter_only:
             pl_module.strict_loading = False
+        if stage == "fit":
+            _refuse_averaged_ranks(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not lora_layers(pl_module):
@@ -140,6 +145,8 @@ class LaLoraCallback(pl.Callback):
             self.load_state_dict(self._restored)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Another Trainer counts its steps from zero again.
+        self._last_step = min(self._last_step, trainer.global_step)
         self._read(trainer)
 
     def on_before_optimizer_step(
@@ -271,7 +278,8 @@ class LaLoraCallback(pl.Callback):
             )
             self._skipped = int(skipped)
         reading = (trainer.global_step, [int(rank) for rank in ranks], budget)
-        if self.history and self.history[-1][0] == trainer.global_step:
+        # A second fit by another Trainer counts its steps from zero again.
+        while self.history and self.history[-1][0] >= trainer.global_step:
             self.history.pop()
         self.history.append(reading)
         if len(self.history) > _MOST_READINGS:
@@ -288,3 +296,12 @@ class LaLoraCallback(pl.Callback):
             # Lightning counts the steps of what it logs from zero.
             logger.log_metrics(metrics, step=trainer.global_step - 1)
         return sum(ranks)
+
+
+def _refuse_averaged_ranks(trainer: pl.Trainer) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._use_buffers:
+            raise ValueError(
+                f"Expected {type(callback).__name__} to leave buffers alone, since ranks have no average, but it has "
+                "use_buffers=True; give it use_buffers=False and put it after LaLoraCallback."
+            )

@@ -11,6 +11,8 @@ from lalora_lightning.adapters import lora_layers, require_lora_layers
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The adapters, their ranks, everything else that is trained, and buffers: ``model.state_dict()`` without the rest.
 
+    What is frozen now is taken for backbone, unless it is an adapter: freeze a head after taking the state.
+
     Raises:
         ValueError: The model has no LoRA layers.
     """

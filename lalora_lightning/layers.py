@@ -103,7 +103,7 @@ class TruncatedLoRALinear(nn.Module):
         )
         self.lora_B = nn.Parameter(torch.empty(adapted, rank, device=device, dtype=dtype))
         self.register_buffer("rank", torch.empty((), dtype=torch.long, device=device))
-        # Derived from `rank`, which the state dict holds. Boolean, so that no cast or average can blend it.
+        # Derived from `rank`, which the state dict holds. Boolean, so that no cast of the model touches it.
         self.register_buffer("rank_mask", torch.empty(rank, dtype=torch.bool, device=device), persistent=False)
         self.reset_parameters()
         self.register_state_dict_pre_hook(_refuse_merged)
@@ -176,7 +176,8 @@ class TruncatedLoRALinear(nn.Module):
             ``(..., m)`` in the input's type, or under autocast in autocast's.
         """
         device_type = x.device.type
-        if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        # Like autocast, which leaves double precision alone.
+        if device_type != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             # What autocast does to a linear layer, done here once: the backward needs the same casts again.
             with torch.autocast(device_type, enabled=False):
@@ -189,10 +190,19 @@ class TruncatedLoRALinear(nn.Module):
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if self.merged:
             return F.linear(x, weight, bias)
-        lora_x = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
-        return _TruncatedLoRA.apply(
-            x, lora_x, weight, bias, self.lora_A, self.lora_B, self.rank_mask, self.scaling, self.out_slices
+        # Rows in, rows out: the view back stands outside the function, so that the output may be changed in place.
+        rows = x.reshape(-1, self.in_features)
+        lora_rows = F.dropout(rows, self.dropout) if self.training and self.dropout > 0 else None
+        out = _TruncatedLoRA.apply(
+            rows, lora_rows, weight, bias, self.lora_A, self.lora_B, self.rank_mask, self.scaling, self.out_slices
         )
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            # A rank allocator makes the ranks of all layers slices of one tensor, which some formats refuse to save.
+            destination[prefix + "rank"] = destination[prefix + "rank"].clone()
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -246,7 +256,7 @@ class TruncatedLoRALinear(nn.Module):
 
 
 class _TruncatedLoRA(torch.autograd.Function):
-    """``x W^T + b + scaling * mask(lora_x A^T) B^T`` as one node of the graph.
+    """``x W^T + b + scaling * mask(lora_x A^T) B^T`` for rows ``x`` (N x d), as one node of the graph.
 
     One node, because autograd over the separate operations would add full-size temporaries: here ``lora_B``
     accumulates onto the base output and the backward onto the base's input gradient. The mask meets the narrow
@@ -268,10 +278,8 @@ class _TruncatedLoRA(torch.autograd.Function):
     ) -> Tensor:
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         out = F.linear(x, weight, bias)
-        hidden = _mask(_rows(x if lora_x is None else lora_x) @ A.T, rank_mask)
-        for (out_i, B_i), hidden_i in zip(
-            _by_slice(_rows(out), B, out_slices), _chunks(hidden, out_slices), strict=True
-        ):
+        hidden = _mask((x if lora_x is None else lora_x) @ A.T, rank_mask)
+        for (out_i, B_i), hidden_i in zip(_by_slice(out, B, out_slices), _chunks(hidden, out_slices), strict=True):
             out_i.addmm_(hidden_i, B_i.T, alpha=scaling)
 
         need_x, need_lora_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
@@ -284,17 +292,15 @@ class _TruncatedLoRA(torch.autograd.Function):
             hidden if need_B else None,
             rank_mask,
         )
-        ctx.scaling, ctx.out_slices = scaling, out_slices
-        ctx.in_shape, ctx.dropped = x.shape, lora_x is not None
+        ctx.scaling, ctx.out_slices, ctx.dropped = scaling, out_slices, lora_x is not None
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_x, weight, A, B, hidden, rank_mask = ctx.saved_tensors
         need_x, need_lora_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         scaling = ctx.scaling
-        g = _rows(grad_out)
         grad_x = grad_lora_x = grad_weight = grad_bias = grad_A = grad_B = None
 
         parts = _by_slice(g, B, ctx.out_slices)
@@ -312,24 +318,19 @@ class _TruncatedLoRA(torch.autograd.Function):
         if need_A or need_x or need_lora_x:
             grad_hidden = _mask(_join([g_i @ B_i for g_i, B_i in parts], dim=1), rank_mask)
             if need_A:
-                adapter_in = _rows(lora_x if ctx.dropped else x)
+                adapter_in = lora_x if ctx.dropped else x
                 grad_A = torch.addmm(unread, grad_hidden.T, adapter_in, beta=0, alpha=scaling)
             if need_x:
                 grad_x = g @ weight
                 if not ctx.dropped:
                     grad_x.addmm_(grad_hidden, A, alpha=scaling)
-                grad_x = grad_x.view(ctx.in_shape)
             if need_lora_x:
-                grad_lora_x = torch.addmm(unread, grad_hidden, A, beta=0, alpha=scaling).view(ctx.in_shape)
+                grad_lora_x = torch.addmm(unread, grad_hidden, A, beta=0, alpha=scaling)
         if need_weight:
-            grad_weight = g.T @ _rows(x)
+            grad_weight = g.T @ x
         if need_bias:
             grad_bias = g.sum(0)
         return grad_x, grad_lora_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _mask(hidden: Tensor, rank_mask: Tensor) -> Tensor:
@@ -386,4 +387,8 @@ def _refuse_merged(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 def _rebuild_mask(layer: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(layer, TruncatedLoRALinear)
-    layer.rank_mask = torch.arange(layer.max_rank, device=layer.rank.device) < layer.rank
+    rank_mask = torch.arange(layer.max_rank, device=layer.rank.device) < layer.rank
+    if layer.rank_mask.device == rank_mask.device:
+        layer.rank_mask.copy_(rank_mask)
+    else:
+        layer.rank_mask = rank_mask

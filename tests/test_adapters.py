@@ -181,6 +181,12 @@ def test_a_head_that_was_frozen_stays_frozen_unless_named(model: TinyTransformer
     assert add_lora(copy.deepcopy(model), rank=2, modules_to_save=["head"]).head == ("head",)
 
 
+def test_a_frozen_teacher_beside_the_model_is_no_head(model: TinyTransformer):
+    wrapper = nn.ModuleDict({"model": model, "teacher": nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)})
+    assert add_lora(wrapper, rank=2).head == ("model.head",)
+    assert not wrapper["teacher"][0].weight.requires_grad
+
+
 def test_summary_line(model: TinyTransformer):
     summary = add_lora(model, rank=2)
     # 6 projections of 2 * (8 + 8); the head 8 * 2 + 2; in all 9 projections of 8 * 8 + 8 besides.
@@ -241,6 +247,17 @@ def test_merge_unmerge_and_trim_a_model(adapted: TinyTransformer):
     trim_lora(adapted)
     torch.testing.assert_close(adapted(x), expected)
     assert [layer.max_rank for layer in lora_layers(adapted).values()] == [4, 4, 2, 1, 4, 4]
+
+
+def test_a_merge_that_fails_merges_nothing(adapted: TinyTransformer):
+    weights = [p.clone() for p in adapted.parameters()]
+    adapted.blocks[2].query.lora_B.data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match="finite"):
+        merge_lora(adapted)
+    assert not any(layer.merged for layer in lora_layers(adapted).values())
+    assert all(
+        torch.equal(p, before) for p, before in zip(adapted.parameters(), weights, strict=True) if p.isfinite().all()
+    )
 
 
 def unchanged(model: nn.Module) -> bool:

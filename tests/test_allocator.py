@@ -363,6 +363,23 @@ def test_ranks_follow_a_model_that_is_moved_or_reloaded(adapted: TinyTransformer
         assert block.query.rank_mask.sum() == rank
 
 
+def test_a_model_trimmed_under_its_allocator(adapted: TinyTransformer):
+    allocator = RankAllocator(adapted)
+    trim_lora(adapted)
+    with pytest.raises(RuntimeError, match="it was trimmed; its ranks are final"):
+        allocator.step()
+
+
+def test_fisher_follows_a_model_to_double_precision(adapted: TinyTransformer):
+    allocator = RankAllocator(adapted, contribution="fisher")
+    adapted.double()
+    for layer in lora_layers(adapted).values():
+        layer.lora_A.grad = torch.ones_like(layer.lora_A)
+    allocator.observe_gradients()
+    allocator.step()
+    assert allocator._fisher.dtype == torch.float64
+
+
 def test_group_by_module_gives_each_projection_its_own_rank(adapted: TinyTransformer):
     allocator = RankAllocator(adapted, gamma=3.0, group_by="module")
     assert len(allocator.layer_names) == 6

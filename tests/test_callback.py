@@ -6,6 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -276,6 +277,41 @@ def test_a_checkpoint_is_restored_into_the_module_that_is_fitted_and_into_no_oth
     assert callback.allocator.steps == 14
     assert [int(second.model.blocks[i].query.rank) for i in range(3)] == trained["ranks"].tolist()
     assert all(int(layer.rank) == 1 for layer in lora_layers(first).values())
+
+
+def test_a_checkpoint_that_was_tested_is_no_part_of_another_modules_fit(tmp_path: Path):
+    callback = LaLoraCallback(rank=4, gamma=3.0)
+    trainer = new_trainer(tmp_path, callback, max_epochs=2)
+    trainer.fit(Task(), loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+    callback = LaLoraCallback(rank=4, gamma=3.0)
+    new_trainer(tmp_path, callback).test(Task(), loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    new_trainer(tmp_path, callback, max_epochs=1).fit(Task(), loader())
+    assert callback.allocator.steps == 7
+
+
+def test_a_second_fit_by_another_trainer_draws_one_rising_history(tmp_path: Path):
+    module, callback = Task(), LaLoraCallback(rank=4)
+    for _ in range(2):
+        new_trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    assert [step for step, _, _ in callback.history] == list(range(8))
+    # Another Trainer counts from zero: its first batches are no step, though the last step acted on was the seventh.
+    new_trainer(tmp_path, callback, max_epochs=1, accumulate_grad_batches=3).fit(module, loader())
+    assert callback.allocator.steps == 7 + 7 + 3
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_ranks_are_not_averaged(tmp_path: Path, use_buffers: bool):
+    module, callback = Task(), LaLoraCallback(rank=4, gamma=3.0)
+    trainer = new_trainer(tmp_path, callback, WeightAveraging(use_buffers=use_buffers))
+    if use_buffers:
+        with pytest.raises(ValueError, match="use_buffers=False and put it after LaLoraCallback"):
+            trainer.fit(module, loader())
+    else:
+        trainer.fit(module, loader())
+        ranks = [int(module.model.blocks[i].query.rank) for i in range(3)]
+        assert ranks == callback.allocator.ranks.tolist()
 
 
 def test_freeze_after_a_fraction_of_the_run(tmp_path: Path):

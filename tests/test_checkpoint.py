@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from lalora_lightning import RankAllocator, add_lora, load_lora_state_dict, lora_state_dict
@@ -54,6 +54,16 @@ def test_round_trip_through_a_file(adapted: TinyTransformer, tmp_path: Path, for
     x = torch.randn(3, 4, 8)
     assert torch.equal(other(x), adapted(x))
     assert int(other.blocks[0].query.rank) == 2
+
+
+def test_a_whole_model_with_a_bound_allocator_is_saved_by_safetensors(adapted: TinyTransformer, tmp_path: Path):
+    RankAllocator(adapted)
+    save_model(adapted, tmp_path / "model")
+    other = fresh()
+    load_model(other, tmp_path / "model")
+    assert int(other.blocks[2].value.rank) == 1
+    x = torch.randn(3, 4, 8)
+    assert torch.equal(other(x), adapted(x))
 
 
 def test_all_problems_are_listed_and_nothing_is_loaded(adapted: TinyTransformer):

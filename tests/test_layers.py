@@ -403,3 +403,29 @@ def test_set_rank_out_of_range():
 def test_a_base_that_is_not_linear():
     with pytest.raises(TypeError, match=r"nn\.Linear or transformers' Conv1D but got Conv2d"):
         TruncatedLoRALinear(nn.Conv2d(3, 3, 1))
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_may_be_changed_in_place(shape: tuple[int, ...], bias: bool):
+    layer = TruncatedLoRALinear(nn.Linear(6, 9, bias=bias).requires_grad_(False), rank=3)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(shape, requires_grad=True)
+    out = layer(x)
+    out *= 0.5
+    F.relu(out, inplace=True).sum().backward()
+    (expected,) = torch.autograd.grad(F.relu(0.5 * by_slicing(layer, x)).sum(), x)
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_inputs_that_are_not_contiguous():
+    layer = make_layer()
+    x = torch.randn(6, 3, 4).permute(2, 1, 0).requires_grad_()
+    torch.testing.assert_close(layer(x), by_slicing(layer, x))
+    torch.testing.assert_close(layer(x[:, :1].expand(4, 5, 6)), by_slicing(layer, x[:, :1].expand(4, 5, 6)))
+
+
+def test_autocast_leaves_double_precision_alone():
+    layer = make_layer(dtype=torch.float64).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.randn(3, 6, dtype=torch.float64)).dtype == torch.float64
