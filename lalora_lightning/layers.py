@@ -36,7 +36,8 @@ class TruncatedLoRALinear(nn.Module):
     maximum rank ``r``; truncation is a mask on the device, so that changing the rank changes no shape, recompiles
     nothing and synchronises nothing. The components beyond ``r'`` keep their values and get zero gradients.
 
-    ``lora_B`` starts at zero: a fresh layer computes exactly what its base layer computes.
+    ``lora_B`` starts at zero: a fresh layer computes exactly what its base layer computes. The base layer's weight is
+    used and its ``forward`` is not called, so that forward hooks on it do not fire.
 
     A fused projection can be adapted in slices of its output features only (``out_slices``): ``lora_A`` and
     ``lora_B`` then hold one adapter of rank ``r`` per slice, stacked along their rows.
