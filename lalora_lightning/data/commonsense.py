@@ -1,7 +1,6 @@
 """The eight commonsense reasoning tasks as instructions and answers, after LLM-Adapters."""
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,6 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 
 from lalora_lightning.data.text import TextDataModule
 from lalora_lightning.hub import load_splits
@@ -85,18 +83,9 @@ class CommonsenseDataModule(TextDataModule):
         """The tasks that are tested on."""
         return list(self._test_files())
 
-    def train_dataloader(self) -> DataLoader:
-        # Batches of texts of one length: 1% padding where batches of 4 drawn at random have 22%. The Trainer would
-        # shuffle any other sampler in several processes; its own takes its seed from the same place.
-        lengths = [len(ids) for ids in self._splits["train"]["input_ids"]]
-        processes, rank = self._processes()
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        sampler = DistributedLengthGroupedSampler(self.batch_size, None, processes, rank, seed, lengths=lengths)
-        return self.loader("train", sampler=sampler)
-
     def test_dataloader(self) -> DataLoader:
         # The Trainer's own would repeat rows, to give as many to each process.
-        processes, rank = self._processes()
+        processes, rank = self.processes()
         sampler = UnrepeatedDistributedSampler(self._splits["test"], processes, rank, shuffle=False)
         collate = self.collator(side="left")
         return self.loader("test", sampler=sampler, batch_size=self.test_batch_size, collate_fn=collate)
@@ -105,9 +94,6 @@ class CommonsenseDataModule(TextDataModule):
         # On padding nothing is read and nothing learnt: where there is no token for it, as with LLaMA, any will do.
         pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         return functools.partial(_collate, pad_id=pad_id, side=side)
-
-    def _processes(self) -> tuple[int, int]:
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _test_files(self) -> dict[str, Path]:
         files = [(file.stem, file) for file in self.test_path.glob("*.parquet")]

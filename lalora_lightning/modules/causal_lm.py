@@ -5,18 +5,16 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lalora_lightning.hub import load_pretrained
 from lalora_lightning.modules.backbone import load_backbone
-from lalora_lightning.modules.optimization import adamw_with_linear_decay
+from lalora_lightning.modules.task import TaskModule
 
 
-class CausalLMModule(LightningModule):
+class CausalLMModule(TaskModule):
     """A transformers decoder that learns to answer prompts, trained in full unless it is adapted.
 
     Batches of training and validation have ``input_ids``, ``attention_mask`` and ``labels``, each ``(N, S)`` int64,
@@ -28,7 +26,7 @@ class CausalLMModule(LightningModule):
         name: A model on the Hub or a local model folder, with its tokenizer.
         test_tasks: Names of the tasks that are tested on.
         dtype: Type of the pretrained weights; "bfloat16" halves their memory where only adapters are trained.
-        learning_rate: Peak of the schedule, see :func:`adamw_with_linear_decay`.
+        learning_rate: Peak of the schedule, see :class:`TaskModule`.
         weight_decay: Applied to matrices only.
         warmup: Fraction of the run in which the learning rate rises.
         max_new_tokens: An answer is cut off after so many tokens.
@@ -49,7 +47,7 @@ class CausalLMModule(LightningModule):
         max_new_tokens: int = 32,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(learning_rate, weight_decay, warmup)
         self.save_hyperparameters()
         self.tokenizer = load_pretrained(AutoTokenizer, name)
         self.model: Any = load_backbone(AutoModelForCausalLM, name, gradient_checkpointing, dtype=dtype)
@@ -58,7 +56,6 @@ class CausalLMModule(LightningModule):
         self.model.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos
         )
-        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.accuracy = MetricCollection(
             {task: MeanMetric() for task in test_tasks}, prefix="test/", compute_groups=False
         )
@@ -83,9 +80,6 @@ class CausalLMModule(LightningModule):
         scores["test/average"] = torch.stack(list(scores.values())).mean()
         self.log_dict(scores, sync_dist=True)
         self.accuracy.reset()
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return adamw_with_linear_decay(self, self.learning_rate, self.weight_decay, self.warmup)
 
     def answer(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
         """What the model writes after each prompt, always taking the likeliest token.

@@ -6,18 +6,16 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lalora_lightning.hub import load_pretrained
 from lalora_lightning.modules.backbone import load_backbone
-from lalora_lightning.modules.optimization import adamw_with_linear_decay
+from lalora_lightning.modules.task import TaskModule
 
 
-class ImageClassificationModule(LightningModule):
+class ImageClassificationModule(TaskModule):
     """A timm or transformers model with a new head for ``num_classes``, trained in full unless it is adapted.
 
     Batches are ``(images, labels)``: ``(N, C, H, W)`` in [0, 1] and ``(N,)`` int64. The module itself standardises the
@@ -30,7 +28,7 @@ class ImageClassificationModule(LightningModule):
         num_classes: Size of the new head.
         pretrained: For timm: load the pretrained weights; from the Hub unless ``checkpoint`` names a file.
         checkpoint: For timm: a local file with weights of this model (safetensors or a torch state dict).
-        learning_rate: Peak of the schedule, see :func:`adamw_with_linear_decay`.
+        learning_rate: Peak of the schedule, see :class:`TaskModule`.
         weight_decay: Applied to matrices only.
         warmup: Fraction of the run in which the learning rate rises.
         gradient_checkpointing: Recompute activations instead of keeping them.
@@ -55,7 +53,7 @@ class ImageClassificationModule(LightningModule):
         gradient_checkpointing: bool = False,
         model_args: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(learning_rate, weight_decay, warmup)
         self.save_hyperparameters()
         if timm.is_model(name):
             self.model = _load_timm(name, num_classes, pretrained, checkpoint, model_args or {})
@@ -77,7 +75,6 @@ class ImageClassificationModule(LightningModule):
             mean, std = processor.image_mean, processor.image_std
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
-        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
 
@@ -103,9 +100,6 @@ class ImageClassificationModule(LightningModule):
         images, labels = batch
         self.test_accuracy(self(images), labels)
         self.log("test/accuracy", self.test_accuracy)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return adamw_with_linear_decay(self, self.learning_rate, self.weight_decay, self.warmup)
 
 
 def _load_timm(

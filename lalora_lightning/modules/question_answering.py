@@ -3,19 +3,17 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering
 
 from lalora_lightning.data.squad_metric import Answer, SquadMetric
 from lalora_lightning.modules.backbone import load_backbone
-from lalora_lightning.modules.optimization import adamw_with_linear_decay
+from lalora_lightning.modules.task import TaskModule
 
 MAX_ANSWER_TOKENS = 30
 
 
-class QuestionAnsweringModule(LightningModule):
+class QuestionAnsweringModule(TaskModule):
     """A transformers model that marks the answer in its context, trained in full unless it is adapted.
 
     Batches are windows of contexts as :class:`SquadDataModule` gives them. Logs ``train/loss``, ``val/loss`` and, for
@@ -25,7 +23,7 @@ class QuestionAnsweringModule(LightningModule):
     Args:
         name: A model on the Hub or a local model folder.
         no_answer: Some questions have no answer: SQuAD 2.0, else 1.1. The score of none is that of the first token.
-        learning_rate: Peak of the schedule, see :func:`adamw_with_linear_decay`.
+        learning_rate: Peak of the schedule, see :class:`TaskModule`.
         weight_decay: Applied to matrices only.
         warmup: Fraction of the run in which the learning rate rises.
         gradient_checkpointing: Recompute activations instead of keeping them.
@@ -43,10 +41,9 @@ class QuestionAnsweringModule(LightningModule):
         warmup: float = 0.02,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(learning_rate, weight_decay, warmup)
         self.save_hyperparameters()
         self.model = load_backbone(AutoModelForQuestionAnswering, name, gradient_checkpointing)
-        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.val_metric, self.test_metric = SquadMetric(no_answer), SquadMetric(no_answer)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -55,7 +52,7 @@ class QuestionAnsweringModule(LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.log("val/loss", self._evaluate(batch, self.val_metric), batch_size=len(batch["question"]))
+        self.log("val/loss", self._evaluate(batch, self.val_metric), batch_size=len(batch["question"]), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         # Every process has the same numbers.
@@ -68,9 +65,6 @@ class QuestionAnsweringModule(LightningModule):
     def on_test_epoch_end(self) -> None:
         scores = self.test_metric.compute()
         self.log_dict({f"test/{name}": score for name, score in scores.items()}, sync_dist=True)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return adamw_with_linear_decay(self, self.learning_rate, self.weight_decay, self.warmup)
 
     def _evaluate(self, batch: dict[str, Any], metric: SquadMetric) -> Tensor:
         inputs = dict(batch)

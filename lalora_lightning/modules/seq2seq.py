@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.functional.text import rouge_score
@@ -11,13 +9,13 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from lalora_lightning.hub import load_pretrained
 from lalora_lightning.modules.backbone import load_backbone
-from lalora_lightning.modules.optimization import adamw_with_linear_decay
+from lalora_lightning.modules.task import TaskModule
 
 # No rougeLsum: splitting sentences needs a download.
 ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
 
 
-class Seq2SeqModule(LightningModule):
+class Seq2SeqModule(TaskModule):
     """A transformers encoder-decoder that is scored on the text it generates, trained in full unless it is adapted.
 
     Batches hold ``input_ids`` and ``attention_mask`` ``(N, S)``, ``labels`` ``(N, T)`` padded with -100, which the loss
@@ -27,7 +25,7 @@ class Seq2SeqModule(LightningModule):
 
     Args:
         name: A model on the Hub or a local model folder, with its tokenizer.
-        learning_rate: Peak of the schedule, see :func:`adamw_with_linear_decay`.
+        learning_rate: Peak of the schedule, see :class:`TaskModule`.
         weight_decay: Applied to matrices only.
         warmup: Fraction of the run in which the learning rate rises.
         max_new_tokens: Longest text that is generated, in tokens.
@@ -52,11 +50,10 @@ class Seq2SeqModule(LightningModule):
         generation: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(learning_rate, weight_decay, warmup)
         self.save_hyperparameters()
         self.model: Any = load_backbone(AutoModelForSeq2SeqLM, name, gradient_checkpointing)
         self.tokenizer = load_pretrained(AutoTokenizer, name)
-        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         self.num_beams, self.val_beams = num_beams, val_beams
         self.generation = {"max_new_tokens": max_new_tokens, **(generation or {})}
         # Sums, not lists of scores: they stay small, and processes may see different numbers of texts.
@@ -76,9 +73,6 @@ class Seq2SeqModule(LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._score(batch, self.num_beams, self.test_metrics)
         self.log_dict(self.test_metrics)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return adamw_with_linear_decay(self, self.learning_rate, self.weight_decay, self.warmup)
 
     def generate(self, batch: dict[str, Any], num_beams: int) -> list[str]:
         """What the model writes for a batch: N texts without special tokens."""

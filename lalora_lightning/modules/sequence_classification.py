@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics import MetricCollection, PearsonCorrCoef, SpearmanCorrCoef
 from torchmetrics.classification import (
@@ -14,10 +12,10 @@ from torchmetrics.classification import (
 from transformers import AutoModelForSequenceClassification
 
 from lalora_lightning.modules.backbone import load_backbone
-from lalora_lightning.modules.optimization import adamw_with_linear_decay
+from lalora_lightning.modules.task import TaskModule
 
 
-class SequenceClassificationModule(LightningModule):
+class SequenceClassificationModule(TaskModule):
     """A transformers encoder or decoder with a classification head, trained in full unless it is adapted.
 
     Batches are what a tokenizer gives, padded, with ``labels``: ``(N,)`` int64 classes or float targets. Logs
@@ -27,7 +25,7 @@ class SequenceClassificationModule(LightningModule):
     Args:
         name: A model on the Hub or a local model folder.
         num_labels: Number of classes; 1 is regression by mean squared error.
-        learning_rate: Peak of the schedule, see :func:`adamw_with_linear_decay`.
+        learning_rate: Peak of the schedule, see :class:`TaskModule`.
         weight_decay: Applied to matrices only.
         warmup: Fraction of the run in which the learning rate rises.
         gradient_checkpointing: Recompute activations instead of keeping them.
@@ -45,12 +43,11 @@ class SequenceClassificationModule(LightningModule):
         warmup: float = 0.06,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(learning_rate, weight_decay, warmup)
         self.save_hyperparameters()
         self.model = load_backbone(
             AutoModelForSequenceClassification, name, gradient_checkpointing, num_labels=num_labels
         )
-        self.learning_rate, self.weight_decay, self.warmup = learning_rate, weight_decay, warmup
         metrics = _metrics(num_labels)
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
 
@@ -66,9 +63,6 @@ class SequenceClassificationModule(LightningModule):
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, self.test_metrics)
         self.log_dict(self.test_metrics)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return adamw_with_linear_decay(self, self.learning_rate, self.weight_decay, self.warmup)
 
     def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection) -> Tensor:
         out = self.model(**batch)

@@ -5,6 +5,7 @@ import pytest
 from torch import Tensor, nn
 
 from lalora_lightning.modules.optimization import adamw_with_linear_decay, parameter_groups
+from lalora_lightning.modules.task import TaskModule
 from tests.test_callback import loader, new_trainer
 
 
@@ -46,3 +47,9 @@ def test_a_run_of_unknown_length(tmp_path: Path):
     trainer = new_trainer(tmp_path, max_epochs=-1)
     with pytest.raises(ValueError, match="run of known length"):
         trainer.fit(Task(), loader())
+
+
+@pytest.mark.parametrize("warmup", [-0.1, 1.0, 500])
+def test_warmup_is_a_fraction(warmup: float):
+    with pytest.raises(ValueError, match=rf"Expected warmup to be a fraction of the run in \[0, 1\) but got {warmup}"):
+        TaskModule(learning_rate=1e-3, weight_decay=0.0, warmup=warmup)
