@@ -1,19 +1,21 @@
 """LaLoraCallback: says when the rank allocator acts, logs its ranks and keeps its state in checkpoints."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import nn
 from torch.optim import Optimizer
 
 from lalora_lightning.adapters import GroupBy, add_lora, lora_layers, summarize
 from lalora_lightning.allocator import Contribution, ContributionScale, Growth, RankAllocator, check_settings
-from lalora_lightning.checkpoint import missing_keys, without_frozen
+from lalora_lightning.checkpoint import without_frozen
 from lalora_lightning.layers import is_linear
 
 # Readings kept for the picture; beyond that every second one is dropped, so that a long run's memory stays flat.
@@ -33,8 +35,8 @@ class LaLoraCallback(pl.Callback):
     then are numbers asked from the device.
 
     A LightningModule that builds its model in ``setup`` or ``configure_model`` calls ``add_lora`` itself, there. Under
-    manual optimization the allocator acts once for each batch that stepped an optimizer. Weight averaging works with
-    ``use_buffers=False``, after this callback: ranks have no average.
+    manual optimization the allocator acts once for each batch that stepped an optimizer. Weight averaging callbacks
+    come after this one and with ``use_buffers=False``: ranks have no average.
 
     Args:
         rank: Maximum rank of a projection. The arguments from ``gamma`` on are explained at :class:`RankAllocator`.
@@ -112,7 +114,8 @@ class LaLoraCallback(pl.Callback):
         self.allocator: RankAllocator | None = None
         self.history: list[tuple[int, list[int], float]] = []
         self._module: pl.LightningModule | None = None
-        self._last_step = 0
+        # The Trainer's step that was acted on last; None before a run.
+        self._last_step: int | None = None
         self._skipped = 0
         self._restored: dict[str, Any] | None = None
 
@@ -122,14 +125,15 @@ class LaLoraCallback(pl.Callback):
             # What was kept of another module's run is no part of this one's.
             self._module = pl_module
             self.allocator, self.history, self._skipped, self._restored = None, [], 0, None
+            self._last_step = None
         # A module without linear layers builds its model later, and adapts it itself.
         if not lora_layers(pl_module) and any(map(is_linear, pl_module.modules())):
+            self._refuse_copies_of_the_plain_model(trainer)
             add_lora(pl_module, self.rank, self.alpha, self.dropout, self.target_modules, self.modules_to_save)
             rank_zero_info(f"La-LoRA: {summarize(pl_module, self.group_by)}")
-        if self.save_adapter_only:
-            pl_module.strict_loading = False
+        _leave_backbone_out(pl_module)
         if stage == "fit":
-            _refuse_averaged_ranks(trainer)
+            self._refuse_averages(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not lora_layers(pl_module):
@@ -140,13 +144,15 @@ class LaLoraCallback(pl.Callback):
         self._require_optimized(trainer, pl_module)
         if self.allocator is None:
             self.allocator = self._build_allocator(trainer, pl_module)
-            self._last_step = trainer.global_step
         if self._restored is not None:
             self.load_state_dict(self._restored)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._last_step is not None and self._last_step < trainer.global_step:
+            # The checkpoint was saved after an optimizer step and before this callback's turn.
+            self._act()
         # Another Trainer counts its steps from zero again.
-        self._last_step = min(self._last_step, trainer.global_step)
+        self._last_step = trainer.global_step
         self._read(trainer)
 
     def on_before_optimizer_step(
@@ -162,8 +168,7 @@ class LaLoraCallback(pl.Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        assert self.allocator is not None
-        self.allocator.step()
+        self._act()
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:
             total = self._report(trainer)
@@ -202,24 +207,18 @@ class LaLoraCallback(pl.Callback):
         if self.allocator is None:
             self._restored = state_dict or None
             return
+        missing = {"allocator", "last_step", "history"} - state_dict.keys()
+        if missing:
+            raise ValueError(f"Expected the state of a LaLoraCallback but it lacks {', '.join(sorted(missing))}.")
         self._restored = None
         self.allocator.load_state_dict(state_dict["allocator"])
         self._last_step = state_dict["last_step"]
         self._skipped = int(self.allocator.skipped)
         self.history = [(step, list(ranks), budget) for step, ranks, budget in state_dict["history"]]
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if self.save_adapter_only:
-            checkpoint["state_dict"] = without_frozen(pl_module, checkpoint["state_dict"])
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        problems = missing_keys(pl_module, checkpoint["state_dict"])
-        if problems:
-            raise ValueError(f"Cannot resume from the checkpoint: {problems[0]}.")
+    def _act(self) -> None:
+        assert self.allocator is not None
+        self.allocator.step()
 
     def _build_allocator(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RankAllocator:
         freeze_after = self.freeze_after
@@ -245,6 +244,30 @@ class LaLoraCallback(pl.Callback):
             interval=self.interval,
             freeze_after=freeze_after,
         )
+
+    def _refuse_copies_of_the_plain_model(self, trainer: pl.Trainer) -> None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks[: callbacks.index(self)]:
+            if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+                raise ValueError(
+                    f"Expected {type(callback).__name__}, which copies the model, to come after LaLoraCallback, which "
+                    "adapts it, but it comes before; change their order in callbacks."
+                )
+
+    def _refuse_averages(self, trainer: pl.Trainer) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(callback, WeightAveraging):
+                continue
+            if callback._use_buffers:
+                raise ValueError(
+                    f"Expected {type(callback).__name__} to leave buffers alone, since ranks have no average, but it "
+                    "has use_buffers=True; give it use_buffers=False."
+                )
+            if self.save_adapter_only:
+                raise ValueError(
+                    f"Expected save_adapter_only=False with {type(callback).__name__}, which resumes from whole models "
+                    "only, but got True."
+                )
 
     def _require_optimized(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adapters that no optimizer holds would silently stay at their start."""
@@ -298,10 +321,29 @@ class LaLoraCallback(pl.Callback):
         return sum(ranks)
 
 
-def _refuse_averaged_ranks(trainer: pl.Trainer) -> None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and callback._use_buffers:
-            raise ValueError(
-                f"Expected {type(callback).__name__} to leave buffers alone, since ranks have no average, but it has "
-                "use_buffers=True; give it use_buffers=False and put it after LaLoraCallback."
-            )
+def _leave_backbone_out(pl_module: pl.LightningModule) -> None:
+    """Teach a module to leave the frozen backbone out of checkpoints, if the callback says so, and to load those."""
+    if _accept_adapter_only not in pl_module._load_state_dict_post_hooks.values():
+        pl_module.register_load_state_dict_post_hook(_accept_adapter_only)
+        # The module's own hook, because it is the last one, also called with save_weights_only.
+        pl_module.on_save_checkpoint = functools.partial(  # type: ignore[method-assign]
+            _save_adapter_only, pl_module, pl_module.on_save_checkpoint
+        )
+
+
+def _save_adapter_only(
+    pl_module: pl.LightningModule, own_hook: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]
+) -> None:
+    own_hook(checkpoint)
+    callbacks = pl_module.trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, LaLoraCallback) and callback.save_adapter_only for callback in callbacks):
+        checkpoint["state_dict"] = without_frozen(pl_module, checkpoint["state_dict"])
+
+
+def _accept_adapter_only(module: nn.Module, incompatible_keys: Any) -> None:
+    """No frozen parameter in a state: an adapter-only one, which lacks nothing. Only some of them is an error."""
+    state = module.state_dict()
+    frozen = state.keys() - without_frozen(module, state).keys()
+    missing = incompatible_keys.missing_keys
+    if frozen <= set(missing):
+        missing[:] = [key for key in missing if key not in frozen]

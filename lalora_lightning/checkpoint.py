@@ -3,9 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lalora_lightning.adapters import lora_layers, require_lora_layers
+from lalora_lightning.layers import TruncatedLoRALinear
+
+_CANNOT_LOAD = "Cannot load the adapter state"
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -21,32 +25,32 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load what :func:`lora_state_dict` gave into a model that was adapted with the same settings.
+    """Load what :func:`lora_state_dict` gave, or the ``state_dict`` of a Trainer's checkpoint of an adapted module.
+
+    A model without LoRA layers gets those that the state describes; whatever the state does not hold is the backbone
+    then, and frozen.
+
+    ::
+
+        load_lora_state_dict(module, torch.load("best.ckpt", weights_only=True)["state_dict"])
 
     Raises:
-        ValueError: Keys are missing or unknown, or a shape or a rank does not fit; the message lists them all, and
-            nothing has been loaded.
+        ValueError: Keys are missing or unknown, or a value does not fit; the message lists them all, and nothing has
+            been loaded.
     """
-    own = lora_state_dict(model)
-    problems = missing_keys(model, state)
-    unknown = sorted(state.keys() - own.keys())
-    if unknown:
-        problems.append(f"unknown keys: {', '.join(unknown)}")
-    for key, value in own.items():
-        if key in state:
-            problems += _misfits(key, state[key], value)
-    if not problems:
-        ranks = {f"{name}.rank".lstrip("."): layer.max_rank for name, layer in lora_layers(model).items()}
-        problems = [
-            f"expected {key} to be in [1, {max_rank}] but got {int(state[key])}"
-            for key, max_rank in ranks.items()
-            if not 1 <= int(state[key]) <= max_rank
-        ]
+    added = {} if lora_layers(model) else _described_layers(model, state)
+    for name, layer in added.items():
+        model.set_submodule(name, layer)
+    frozen = [p for name, p in model.named_parameters() if added and p.requires_grad and name not in state]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    problems = _problems(model, state)
     if problems:
-        raise ValueError(
-            "Cannot load the adapter state; add_lora has to be called with the settings it was trained with. "
-            f"{'; '.join(problems)}."
-        )
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for name, layer in added.items():
+            model.set_submodule(name, layer.base_layer)
+        raise ValueError(f"{_CANNOT_LOAD}: {'; '.join(problems)}.")
     model.load_state_dict(state, strict=False)
 
 
@@ -63,9 +67,67 @@ def missing_keys(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     return [f"missing keys: {', '.join(missing)}"] if missing else []
 
 
-def _misfits(key: str, given: Any, own: Tensor) -> list[str]:
+def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, TruncatedLoRALinear]:
+    """New layers over the model's own, by name, as a state describes them."""
+    layers, problems = {}, []
+    modules = dict(model.named_modules())
+    for name in [key.removesuffix(".lora_B") for key in state if str(key).endswith(".lora_B")]:
+        factor, extra = state[f"{name}.lora_B"], state.get(f"{name}._extra_state")
+        try:
+            if name not in modules:
+                raise ValueError("the model has no such module")
+            if not isinstance(factor, Tensor) or not isinstance(extra, Tensor) or extra.ndim != 1 or len(extra) < 3:
+                raise ValueError("lora_B or _extra_state do not describe an adapter")
+            scaling, *edges = extra.tolist()
+            slices = [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+            rank = factor.shape[-1]
+            layers[name] = TruncatedLoRALinear(
+                modules[name], rank, scaling * rank, out_slices=slices, dtype=factor.dtype
+            )
+            # Not by way of alpha, which would round it.
+            layers[name].scaling = scaling
+        except (ValueError, TypeError, OverflowError, RuntimeError, IndexError) as error:
+            problems.append(f"cannot adapt {name}: {str(error).rstrip('.')}")
+    if problems:
+        raise ValueError(f"{_CANNOT_LOAD}: {'; '.join(problems)}.")
+    if not layers:
+        raise ValueError(
+            "Expected a state of LoRA layers, as lora_state_dict gives it, but it holds "
+            f"{', '.join(map(str, list(state)[:5])) or 'nothing'}."
+        )
+    return layers
+
+
+def _problems(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    """A line for everything that keeps a state from being loaded into an adapted model."""
+    own = model.state_dict()
+    problems = missing_keys(model, state)
+    unknown = [str(key) for key in state if key not in own]
+    if unknown:
+        problems.append(f"unknown keys: {', '.join(unknown)}")
+    for key, value in own.items():
+        if key in state:
+            problems += _misfits(key, state[key], value)
+    if not problems:
+        ranks = {f"{name}.rank".lstrip("."): layer.max_rank for name, layer in lora_layers(model).items()}
+        problems = [
+            f"expected {key} to be in [1, {max_rank}] but got {int(state[key])}"
+            for key, max_rank in ranks.items()
+            if not 1 <= int(state[key]) <= max_rank
+        ]
+    return problems
+
+
+def _misfits(key: str, given: Any, own: Any) -> list[str]:
+    if not isinstance(own, Tensor):
+        # Extra state of a module of the user's.
+        return []
     if not isinstance(given, Tensor):
         return [f"expected {key} to be a tensor but got {type(given).__name__}"]
     if given.shape != own.shape:
         return [f"expected {key} to have the shape {tuple(own.shape)} but got {tuple(given.shape)}"]
+    if (given.is_floating_point(), given.is_complex()) != (own.is_floating_point(), own.is_complex()):
+        return [f"expected {key} to hold numbers like {own.dtype} but got {given.dtype}"]
+    if key.endswith("._extra_state") and not torch.equal(given.cpu(), own.cpu()):
+        return [f"expected scaling and output slices of {key} to be {own.tolist()} but got {given.tolist()}"]
     return []

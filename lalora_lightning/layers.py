@@ -1,5 +1,6 @@
 """TruncatedLoRALinear: a linear layer with a low-rank adapter whose rank in force is a mask."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +35,8 @@ class TruncatedLoRALinear(nn.Module):
     ``h = W_0 x + b + (alpha / r) * B_r' A_r' x`` (La-LoRA, Neural Networks 194, 2025, 108095, Eq. 4), where ``A_r'``
     and ``B_r'`` are the first ``r'`` rows of ``lora_A`` and columns of ``lora_B``. The matrices are stored at the
     maximum rank ``r``; truncation is a mask on the device, so that changing the rank changes no shape, recompiles
-    nothing and synchronises nothing. The components beyond ``r'`` keep their values and get zero gradients.
+    nothing and synchronises nothing. The components beyond ``r'`` keep their values and get zero gradients. A state
+    dict holds the rank in force and, as extra state, the scaling and the slices: it describes itself.
 
     ``lora_B`` starts at zero: a fresh layer computes exactly what its base layer computes. The base layer's weight is
     used and its ``forward`` is not called, so that forward hooks on it do not fire.
@@ -198,6 +200,22 @@ class TruncatedLoRALinear(nn.Module):
             rows, lora_rows, weight, bias, self.lora_A, self.lora_B, self.rank_mask, self.scaling, self.out_slices
         )
         return out.view(*x.shape[:-1], self.out_features)
+
+    def get_extra_state(self) -> Tensor:
+        """What ``lora_A``, ``lora_B`` and ``rank`` do not tell: the scaling and the slices, as one float64 vector."""
+        return torch.tensor([self.scaling, *itertools.chain(*self.out_slices)], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse a state that was trained with another scaling or on other slices: it would be another function.
+
+        Raises:
+            ValueError: Scaling or slices differ.
+        """
+        if not isinstance(state, Tensor) or not torch.equal(state.cpu(), self.get_extra_state()):
+            raise ValueError(
+                f"Expected the state of an adapter with {_describe(self.get_extra_state())} but got one with "
+                f"{_describe(state)}; adapt the model with the settings it was trained with."
+            )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -377,6 +395,11 @@ def _check_settings(layer: TruncatedLoRALinear, rank: int, alpha: float, dropout
         raise ValueError(f"Expected dropout to be in [0, 1) but got {dropout}.")
 
 
+def _describe(state: Any) -> str:
+    scaling, *edges = state.tolist() if isinstance(state, Tensor) and state.ndim == 1 and len(state) else [state]
+    return f"scaling {scaling} on output slices {list(zip(edges[::2], edges[1::2], strict=False))}"
+
+
 def _refuse_merged(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
     assert isinstance(layer, TruncatedLoRALinear)
     if layer.merged:
@@ -388,6 +411,8 @@ def _refuse_merged(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 def _rebuild_mask(layer: nn.Module, incompatible_keys: Any) -> None:
     assert isinstance(layer, TruncatedLoRALinear)
+    if not layer.rank.is_meta and not 1 <= layer.rank <= layer.max_rank:
+        raise ValueError(f"Expected the loaded rank to be in [1, {layer.max_rank}] but got {int(layer.rank)}.")
     rank_mask = torch.arange(layer.max_rank, device=layer.rank.device) < layer.rank
     if layer.rank_mask.device == rank_mask.device:
         layer.rank_mask.copy_(rank_mask)

@@ -1,18 +1,19 @@
 """LaLoraCallback in whole Trainer runs."""
 
+import copy
 import csv
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lalora_lightning import LaLoraCallback, add_lora, lora_layers
+from lalora_lightning import LaLoraCallback, add_lora, load_lora_state_dict, lora_layers
 from tests.conftest import TinyTransformer
 
 
@@ -227,17 +228,109 @@ def test_a_checkpoint_is_tested_by_a_fresh_module(tmp_path: Path):
     assert got == expected
 
 
-def test_an_adapter_checkpoint_that_lacks_keys_is_an_error(tmp_path: Path):
+def test_all_keys_an_adapter_checkpoint_lacks_or_has_too_many_are_named(tmp_path: Path):
     trainer = new_trainer(tmp_path, LaLoraCallback(rank=4, save_adapter_only=True), max_epochs=1)
     trainer.fit(Task(), loader())
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
-    del checkpoint["state_dict"]["model.blocks.1.value.lora_A"], checkpoint["state_dict"]["model.head.bias"]
+    state = checkpoint["state_dict"]
+    del state["model.blocks.1.value.lora_A"], state["model.head.bias"]
+    state["model.blocks.9.value.lora_A"] = torch.zeros(4, 8)
     torch.save(checkpoint, tmp_path / "end.ckpt")
-    with pytest.raises(ValueError, match=r"missing keys: model\.blocks\.1\.value\.lora_A, model\.head\.bias"):
-        new_trainer(tmp_path, LaLoraCallback(rank=4, save_adapter_only=True)).fit(
+    for method in ("fit", "test"):
+        run = getattr(new_trainer(tmp_path, LaLoraCallback(rank=4)), method)
+        with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.1\.value\.lora_A.*head\.bias") as error:
+            run(Task(), loader(), ckpt_path=tmp_path / "end.ckpt")
+        assert "blocks.9.value.lora_A" in str(error.value)
+        assert "key.weight" not in str(error.value)
+
+
+def test_a_checkpoint_that_lacks_some_of_the_backbone_is_an_error(tmp_path: Path):
+    trainer = new_trainer(tmp_path, LaLoraCallback(rank=4), max_epochs=1)
+    trainer.fit(Task(), loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+    del checkpoint["state_dict"]["model.blocks.1.key.weight"]
+    torch.save(checkpoint, tmp_path / "end.ckpt")
+    with pytest.raises(RuntimeError, match=r"Missing key.*blocks\.1\.key\.weight"):
+        new_trainer(tmp_path, LaLoraCallback(rank=4, save_adapter_only=True)).test(
             Task(), loader(), ckpt_path=tmp_path / "end.ckpt"
         )
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("save_adapter_only", [False, True])
+def test_a_checkpoint_goes_into_a_plain_module(tmp_path: Path, save_adapter_only: bool, weights_only: bool):
+    module = Task()
+    trainer = new_trainer(tmp_path, LaLoraCallback(rank=4, alpha=5.0, gamma=3.0, save_adapter_only=save_adapter_only))
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt", weights_only)
+    state = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
+    assert ("model.blocks.0.key.weight" in state) is not save_adapter_only
+    torch.manual_seed(0)  # the same backbone again
+    plain = Task()
+    load_lora_state_dict(plain, state)
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(plain.model(x), module.model(x))
+
+
+def test_a_module_that_adapts_itself_is_loaded_from_an_adapter_checkpoint(tmp_path: Path):
+    class Adapted(Task):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.model = TinyTransformer()
+            add_lora(self, rank=4)
+
+    module = Adapted()
+    trainer = new_trainer(tmp_path, LaLoraCallback(gamma=3.0, save_adapter_only=True))
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    loaded = Adapted.load_from_checkpoint(tmp_path / "end.ckpt", strict=False)
+    for got, expected in zip(loaded.state_dict().values(), module.state_dict().values(), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_fitted_module_can_be_copied_and_pickled(tmp_path: Path):
+    module = Task()
+    new_trainer(tmp_path, LaLoraCallback(rank=4, save_adapter_only=True), max_epochs=1).fit(module, loader())
+    torch.save(module, tmp_path / "module")
+    x = torch.randn(2, 5, 8)
+    for copied in (copy.deepcopy(module), torch.load(tmp_path / "module", weights_only=False)):
+        assert torch.equal(copied.model(x), module.model(x))
+        assert copied.on_save_checkpoint.args[0] is copied
+
+
+def test_a_step_that_was_saved_before_the_callbacks_turn_is_made_up_for(tmp_path: Path):
+    """A callback in front saves a checkpoint after the optimizer step and before the allocator acts, then fails."""
+
+    class Saver(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
+            if trainer.global_step == 10:
+                trainer.save_checkpoint(tmp_path / "ten.ckpt")
+                raise InterruptedError
+
+    def start() -> tuple[Task, LaLoraCallback]:
+        torch.manual_seed(1)
+        return Task(), LaLoraCallback(rank=4, gamma=3.0)
+
+    whole, whole_callback = start()
+    new_trainer(tmp_path, whole_callback, max_epochs=1).fit(whole, loader(20))
+
+    module, callback = start()
+    with pytest.raises(InterruptedError):
+        new_trainer(tmp_path, Saver(), callback, max_epochs=1).fit(module, loader(20))
+    assert callback.allocator.steps == 9
+    module, callback = start()
+
+    class Stop(pl.Callback):
+        def on_train_batch_start(self, *args: object) -> None:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        new_trainer(tmp_path, callback, Stop(), max_epochs=1).fit(module, loader(20), ckpt_path=tmp_path / "ten.ckpt")
+    assert callback.allocator.steps == 10
+    assert callback.history == whole_callback.history[:11]
 
 
 def test_fit_called_twice_goes_on(tmp_path: Path):
@@ -301,17 +394,49 @@ def test_a_second_fit_by_another_trainer_draws_one_rising_history(tmp_path: Path
     assert callback.allocator.steps == 7 + 7 + 3
 
 
-@pytest.mark.parametrize("use_buffers", [True, False])
-def test_ranks_are_not_averaged(tmp_path: Path, use_buffers: bool):
+def test_averaging_leaves_the_ranks_alone(tmp_path: Path):
     module, callback = Task(), LaLoraCallback(rank=4, gamma=3.0)
-    trainer = new_trainer(tmp_path, callback, WeightAveraging(use_buffers=use_buffers))
-    if use_buffers:
-        with pytest.raises(ValueError, match="use_buffers=False and put it after LaLoraCallback"):
-            trainer.fit(module, loader())
-    else:
-        trainer.fit(module, loader())
-        ranks = [int(module.model.blocks[i].query.rank) for i in range(3)]
-        assert ranks == callback.allocator.ranks.tolist()
+    new_trainer(tmp_path, callback, WeightAveraging(use_buffers=False)).fit(module, loader(), loader(2))
+    ranks = callback.allocator.ranks.tolist()
+    assert sum(ranks) > 3
+    assert [int(module.model.blocks[i].query.rank) for i in range(3)] == ranks
+    for i, rank in enumerate(ranks):
+        assert module.model.blocks[i].query.rank_mask.tolist() == [k < rank for k in range(4)]
+
+
+def test_stochastic_weight_averaging_averages_the_adapters(tmp_path: Path):
+    class Recorder(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[Tensor] = []
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.seen.append(pl_module.model.blocks[0].query.lora_B.detach().clone())
+
+    module, callback, recorder = Task(), LaLoraCallback(rank=4, gamma=3.0), Recorder()
+    averaging = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2, annealing_epochs=1)
+    new_trainer(tmp_path, callback, recorder, averaging, max_epochs=3).fit(module, loader())
+    # It takes the weights at the start of the second and the third epoch.
+    average = (recorder.seen[0] + recorder.seen[1]) / 2
+    torch.testing.assert_close(module.model.blocks[0].query.lora_B.detach(), average)
+    assert [int(module.model.blocks[i].query.rank) for i in range(3)] == callback.allocator.ranks.tolist()
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ([LaLoraCallback(rank=4), WeightAveraging()], "has use_buffers=True; give it use_buffers=False"),
+        ([WeightAveraging(use_buffers=False), LaLoraCallback(rank=4)], "to come after LaLoraCallback"),
+        ([StochasticWeightAveraging(1e-3), LaLoraCallback(rank=4)], "to come after LaLoraCallback"),
+        (
+            [LaLoraCallback(rank=4, save_adapter_only=True), WeightAveraging(use_buffers=False)],
+            "Expected save_adapter_only=False with WeightAveraging",
+        ),
+    ],
+)
+def test_averaging_that_cannot_work_is_refused(tmp_path: Path, callbacks: list[pl.Callback], message: str):
+    module = Task()
+    with pytest.raises(ValueError, match=message):
+        new_trainer(tmp_path, *callbacks).fit(module, loader())
 
 
 def test_freeze_after_a_fraction_of_the_run(tmp_path: Path):
@@ -342,6 +467,9 @@ def test_weights_that_are_not_finite_are_reported_and_change_no_rank(tmp_path: P
     assert budgets[2] == budgets[3]
     assert callback.allocator.skipped == 11
     trainer.save_checkpoint(tmp_path / "diverged.ckpt")
+    again = LaLoraCallback(rank=4)
+    new_trainer(tmp_path, again, max_epochs=4).fit(Task(), loader(), ckpt_path=tmp_path / "diverged.ckpt")
+    assert again.allocator.ranks.tolist() == ranks[3]
 
 
 def test_history_stays_short_and_keeps_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -7,7 +7,15 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from lalora_lightning import RankAllocator, add_lora, load_lora_state_dict, lora_state_dict
+from lalora_lightning import (
+    RankAllocator,
+    TruncatedLoRALinear,
+    add_lora,
+    load_lora_state_dict,
+    lora_layers,
+    lora_state_dict,
+    trim_lora,
+)
 from tests.conftest import TinyTransformer
 
 
@@ -20,7 +28,7 @@ def fresh(rank: int = 4) -> TinyTransformer:
 
 def test_state_holds_adapters_ranks_and_head_only(adapted: TinyTransformer):
     layers = [f"blocks.{i}.{name}" for i in range(3) for name in ("query", "value")]
-    expected = {f"{layer}.{key}" for layer in layers for key in ("lora_A", "lora_B", "rank")}
+    expected = {f"{layer}.{key}" for layer in layers for key in ("lora_A", "lora_B", "rank", "_extra_state")}
     assert set(lora_state_dict(adapted)) == expected | {"head.weight", "head.bias"}
 
 
@@ -97,8 +105,93 @@ def test_a_rank_out_of_range(adapted: TinyTransformer, rank: int):
         load_lora_state_dict(fresh(), state)
 
 
-def test_a_model_without_layers(model: TinyTransformer):
+def test_a_model_without_layers_has_no_state(model: TinyTransformer):
     with pytest.raises(ValueError, match="call add_lora"):
         lora_state_dict(model)
-    with pytest.raises(ValueError, match="call add_lora"):
-        load_lora_state_dict(model, {})
+
+
+def test_a_state_puts_its_layers_into_a_plain_model(adapted: TinyTransformer):
+    adapted.blocks[1].query.set_rank(2)
+    torch.manual_seed(0)
+    plain = TinyTransformer()
+    load_lora_state_dict(plain, lora_state_dict(adapted))
+    x = torch.randn(3, 4, 8)
+    assert torch.equal(plain(x), adapted(x))
+    assert {name: p.requires_grad for name, p in plain.named_parameters()} == {
+        name: p.requires_grad for name, p in adapted.named_parameters()
+    }
+    # Trimmed, and with a scaling that alpha / rank does not give exactly.
+    trim_lora(adapted)
+    torch.manual_seed(0)
+    plain = TinyTransformer()
+    load_lora_state_dict(plain, lora_state_dict(adapted))
+    assert torch.equal(plain(x), adapted(x))
+    assert plain.blocks[1].query.max_rank == 2
+
+
+def test_a_state_with_the_backbone_goes_into_a_plain_model(adapted: TinyTransformer):
+    torch.manual_seed(7)
+    plain = TinyTransformer()
+    load_lora_state_dict(plain, adapted.state_dict())
+    x = torch.randn(3, 4, 8)
+    assert torch.equal(plain(x), adapted(x))
+
+
+def test_a_state_of_fused_slices_goes_into_a_plain_model():
+    def fused() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(6, 18)}), "head": nn.Linear(6, 2)})
+
+    model, plain = fused(), fused()
+    add_lora(model, rank=2)
+    nn.init.normal_(model["attn"]["qkv"].lora_B)
+    load_lora_state_dict(plain, lora_state_dict(model))
+    assert plain["attn"]["qkv"].out_slices == ((0, 6), (12, 18))
+    x = torch.randn(3, 6)
+    assert torch.equal(plain["attn"]["qkv"](x), model["attn"]["qkv"](x))
+
+
+def test_a_plain_model_that_does_not_fit_stays_as_it_was(adapted: TinyTransformer):
+    state = lora_state_dict(adapted)
+    plain = TinyTransformer(depth=2)
+    with pytest.raises(ValueError, match=r"cannot adapt blocks\.2\.query: the model has no such module"):
+        load_lora_state_dict(plain, state)
+    with pytest.raises(ValueError, match=r"cannot adapt blocks\.2\.value: Expected out_slices to be .* in \[0, 6\]"):
+        load_lora_state_dict(TinyTransformer(width=6), state)
+    with pytest.raises(ValueError, match=r"expected head\.weight to have the shape \(3, 8\) but got \(2, 8\)"):
+        load_lora_state_dict(wide := TinyTransformer(classes=3), state)
+    assert not lora_layers(wide)
+    assert all(p.requires_grad for p in wide.parameters())
+    with pytest.raises(ValueError, match="as lora_state_dict gives it, but it holds nothing"):
+        load_lora_state_dict(plain, {})
+    with pytest.raises(ValueError, match="holds epoch, state_dict"):
+        load_lora_state_dict(plain, {"epoch": 3, "state_dict": state})
+    assert not lora_layers(plain)
+    assert all(p.requires_grad for p in plain.parameters())
+
+
+def test_a_state_of_another_scaling_or_of_other_slices_is_refused(adapted: TinyTransformer):
+    torch.manual_seed(0)
+    other = TinyTransformer()
+    add_lora(other, rank=4, alpha=16.0)
+    with pytest.raises(ValueError, match=r"scaling and output slices of blocks.0.query.*\[4.0, .*but got \[2.0, "):
+        load_lora_state_dict(other, lora_state_dict(adapted))
+    with pytest.raises(ValueError, match=r"an adapter with scaling 4.0 .* but got one with scaling 2.0"):
+        other.load_state_dict(adapted.state_dict())
+    layers = [TruncatedLoRALinear(nn.Linear(6, 18), 2, out_slices=[(0, 6), (i, i + 6)]) for i in (6, 12)]
+    with pytest.raises(ValueError, match=r"output slices \[\(0.0, 6.0\), \(6.0, 12.0\)\] but got .*\(12.0, 18.0\)"):
+        layers[0].load_state_dict(layers[1].state_dict())
+
+
+def test_a_rank_out_of_range_is_refused_by_torchs_own_loading(adapted: TinyTransformer):
+    state = {**adapted.state_dict(), "blocks.1.value.rank": torch.tensor(9)}
+    with pytest.raises(ValueError, match=r"Expected the loaded rank to be in \[1, 4\] but got 9"):
+        fresh().load_state_dict(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_numbers_of_another_kind_are_refused(adapted: TinyTransformer, dtype: torch.dtype):
+    state = lora_state_dict(adapted)
+    state["blocks.0.query.lora_A"] = state["blocks.0.query.lora_A"].to(dtype)
+    with pytest.raises(ValueError, match=r"lora_A to hold numbers like torch.float32 but got torch."):
+        load_lora_state_dict(fresh(), state)

@@ -278,7 +278,7 @@ def test_state_dict_assigned_to_a_meta_layer_brings_its_rank_into_force():
 def test_state_dict_holds_the_rank_and_not_the_mask():
     layer = make_layer(in_force=3)
     state = layer.state_dict()
-    assert set(state) == {"base_layer.weight", "base_layer.bias", "lora_A", "lora_B", "rank"}
+    assert set(state) == {"base_layer.weight", "base_layer.bias", "lora_A", "lora_B", "rank", "_extra_state"}
     other = make_layer(in_force=1)
     other.load_state_dict(state)
     assert int(other.rank) == 3
