@@ -115,12 +115,14 @@ def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_with(tmp_path: Path):
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 1
     assert f"--ckpt_path {last}" in errors
-    step = torch.load(last, weights_only=True)["global_step"]
-    assert step > 0
+    checkpoint = torch.load(last, weights_only=True)
+    assert checkpoint["global_step"] > 0
 
+    epochs = checkpoint["epoch"] + 2
     out = recipe(
-        "vit_cifar100", *arguments, f"--ckpt_path={last}", f"--trainer.max_steps={step + 5}", cwd=tmp_path
+        "vit_cifar100", *arguments, f"--ckpt_path={last}", f"--trainer.max_epochs={epochs}", cwd=tmp_path
     ).stdout
     assert "test/accuracy" in out
     resumed = torch.load(tmp_path / "lightning_logs" / "version_1" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert resumed["global_step"] == step + 5
+    assert resumed["epoch"] == epochs - 1
+    assert resumed["global_step"] > checkpoint["global_step"]
