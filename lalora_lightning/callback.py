@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -134,6 +135,7 @@ class LaLoraCallback(pl.Callback):
         _leave_backbone_out(pl_module)
         if stage == "fit":
             self._refuse_averages(trainer)
+            self._prepare_sharded_loading(trainer, pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not lora_layers(pl_module):
@@ -268,6 +270,17 @@ class LaLoraCallback(pl.Callback):
                     f"Expected save_adapter_only=False with {type(callback).__name__}, which resumes from whole models "
                     "only, but got True."
                 )
+
+    def _prepare_sharded_loading(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.save_adapter_only or not isinstance(trainer.strategy, ModelParallelStrategy):
+            return
+        if trainer.strategy._save_distributed_checkpoint:
+            raise ValueError(
+                "Expected one file a checkpoint with save_adapter_only=True, since parts are loaded whole only; give "
+                "ModelParallelStrategy save_distributed_checkpoint=False."
+            )
+        # It asks for every key by itself, before the module is asked which may be missing.
+        pl_module.strict_loading = False
 
     def _require_optimized(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Adapters that no optimizer holds would silently stay at their start."""

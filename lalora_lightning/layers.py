@@ -211,6 +211,9 @@ class TruncatedLoRALinear(nn.Module):
         Raises:
             ValueError: Scaling or slices differ.
         """
+        if type(state).__name__ == "_EXTRA_STATE":
+            # torch's set_model_state_dict, which loads sharded models, loses the value and gives its placeholder.
+            return
         if not isinstance(state, Tensor) or not torch.equal(state.cpu(), self.get_extra_state()):
             raise ValueError(
                 f"Expected the state of an adapter with {_describe(self.get_extra_state())} but got one with "

@@ -1,0 +1,141 @@
+"""Several processes: the same ranks on each of them at every step, and the same as one process gives."""
+
+import functools
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lalora_lightning import LaLoraCallback, load_lora_state_dict
+from tests.test_callback import Task, new_trainer
+
+EPOCHS, STEPS, GLOBAL_BATCH = 2, 6, 8
+
+
+class ShardedTask(Task):
+    """Each block, and the rest, sharded by FSDP2; the callback has put its layers in by then."""
+
+    def configure_model(self) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+
+def batches(world: int) -> DataLoader:
+    """Rows dealt out in turn, so that a global batch is the same rows for any number of processes."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(STEPS * GLOBAL_BATCH, 5, 8, generator=generator)
+    data = TensorDataset(x, (x.mean((1, 2)) > 0).long())
+    sampler = DistributedSampler(data, world, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
+    return DataLoader(data, batch_size=GLOBAL_BATCH // world, sampler=sampler)
+
+
+def train(
+    folder: Path,
+    world: int,
+    strategy: Any,
+    contribution: str = "norm",
+    epochs: int = EPOCHS,
+    save_adapter_only: bool = True,
+    **settings: Any,
+) -> tuple[list[tuple[int, list[int], float]], dict[str, torch.Tensor], pl.Trainer]:
+    """Fit; returns history and whole weights."""
+    torch.manual_seed(0)
+    sharded = isinstance(strategy, ModelParallelStrategy)
+    module = ShardedTask() if sharded else Task()
+    callback = LaLoraCallback(rank=4, gamma=1.0, contribution=contribution, save_adapter_only=save_adapter_only)
+    trainer = new_trainer(folder, callback, strategy=strategy, devices=world, max_epochs=epochs)
+    trainer.fit(module, batches(world), **settings)
+    state = {name: p.full_tensor() if sharded else p for name, p in module.named_parameters()}
+    return callback.history, {name: p.detach().clone() for name, p in state.items()}, trainer
+
+
+def in_processes(world: int, folder: Path, work: Callable[[], Any]) -> list[Any]:
+    """What ``work`` returns in each of several processes, which are told about each other as torchrun would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def process(rank: int) -> None:
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(world)
+        )
+        torch.save(work(), folder / f"{rank}.pt")
+
+    # Forked: torch need not be imported again.
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=process, args=(rank,)) for rank in range(world)]
+    for child in processes:
+        child.start()
+    for child in processes:
+        child.join(timeout=120)
+        child.kill()
+    assert [child.exitcode for child in processes] == [0] * world
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def strategy_of(name: str, world: int) -> Any:
+    if name == "ddp":
+        return DDPStrategy()
+    return ModelParallelStrategy(world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "contribution"),
+    [("ddp", 2, "norm"), ("ddp", 2, "fisher"), ("ddp", 4, "norm"), ("fsdp2", 2, "fisher"), ("fsdp2", 4, "norm")],
+)
+def test_ranks_agree_across_processes_and_with_one(tmp_path: Path, name: str, world: int, contribution: str):
+    def work() -> Any:
+        return train(tmp_path, world, strategy_of(name, world), contribution)[:2]
+
+    results = in_processes(world, tmp_path, work)
+    history, weights, _ = train(tmp_path, 1, "auto", contribution)
+    assert len({tuple(ranks) for _, ranks, _ in history}) > 3
+    for theirs, their_weights in results:
+        assert theirs == results[0][0]
+        assert [(step, ranks) for step, ranks, _ in theirs] == [(step, ranks) for step, ranks, _ in history]
+        assert [budget for *_, budget in theirs] == pytest.approx([budget for *_, budget in history], rel=1e-4)
+        for key, value in their_weights.items():
+            torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("save_adapter_only", [True, False])
+def test_a_sharded_run_is_resumed(tmp_path: Path, save_adapter_only: bool):
+    """Adapters in one file, or everything in a folder with a part of each process."""
+    world = 2
+    run = functools.partial(train, tmp_path, world, save_adapter_only=save_adapter_only)
+
+    def strategy() -> ModelParallelStrategy:
+        return ModelParallelStrategy(world, 1, save_distributed_checkpoint=not save_adapter_only)
+
+    def work() -> Any:
+        whole, weights, _ = run(strategy())
+        *_, trainer = run(strategy(), epochs=1)
+        trainer.save_checkpoint(tmp_path / "half.ckpt")
+        resumed, same, _ = run(strategy(), ckpt_path=tmp_path / "half.ckpt")
+        return whole, weights, resumed, same
+
+    for whole, weights, resumed, same in in_processes(world, tmp_path, work):
+        assert resumed == whole
+        for key, value in weights.items():
+            assert torch.equal(same[key], value)
+    if save_adapter_only:
+        # Whole adapters, for one process as well.
+        state = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
+        assert "model.blocks.0.key.weight" not in state
+        load_lora_state_dict(Task(), state)
+
+
+def test_adapter_only_parts_of_each_process_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="give ModelParallelStrategy save_distributed_checkpoint=False"):
+        train(tmp_path, 1, ModelParallelStrategy(1, 1))
