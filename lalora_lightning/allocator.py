@@ -63,7 +63,8 @@ class RankAllocator:
         skipped: Scalar int64, how many of them changed nothing because a norm was not finite.
 
     Raises:
-        ValueError: The model has no LoRA layers or layers of different maximum rank, or an argument is out of range.
+        ValueError: The model has no LoRA layers, layers of different maximum rank or flattened parameters (FSDP of the
+            first generation, DeepSpeed stage 3), or an argument is out of range.
     """
 
     def __init__(
@@ -92,6 +93,13 @@ class RankAllocator:
                 "ranks of a trimmed model are final."
             )
         self.max_rank = max_ranks.pop()
+        for name, layer in layers.items():
+            if layer.lora_A.ndim != 2 or layer.lora_B.ndim != 2:
+                raise ValueError(
+                    "Expected adapters to be whole on every process, or sharded by fully_shard (FSDP2, "
+                    f"ModelParallelStrategy), but {name}.lora_A has the shape {tuple(layer.lora_A.shape)}: FSDP of the "
+                    "first generation and DeepSpeed stage 3 flatten parameters."
+                )
         if average_rank is not None and not 1 <= average_rank <= self.max_rank:
             raise ValueError(f"Expected average_rank to be in [1, {self.max_rank}] but got {average_rank}.")
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lalora_lightning.adapters import GroupBy, add_lora, lora_layers, summarize
@@ -119,14 +119,15 @@ class LaLoraCallback(pl.Callback):
         self._last_step: int | None = None
         self._skipped = 0
         self._restored: dict[str, Any] | None = None
+        self._random: dict[str, Tensor] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the layers in, early enough for the optimizer and for weights that are restored."""
         if self._module is not pl_module:
             # What was kept of another module's run is no part of this one's.
             self._module = pl_module
-            self.allocator, self.history, self._skipped, self._restored = None, [], 0, None
-            self._last_step = None
+            self.allocator, self.history, self._skipped = None, [], 0
+            self._last_step = self._restored = self._random = None
         # A module without linear layers builds its model later, and adapts it itself.
         if not lora_layers(pl_module) and any(map(is_linear, pl_module.modules())):
             self._refuse_copies_of_the_plain_model(trainer)
@@ -148,6 +149,10 @@ class LaLoraCallback(pl.Callback):
             self.allocator = self._build_allocator(trainer, pl_module)
         if self._restored is not None:
             self.load_state_dict(self._restored)
+        if self._random is not None:
+            # The last chance before Lightning draws the order of the first epoch's rows.
+            _set_random_state(self._random)
+            self._random = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._last_step is not None and self._last_step < trainer.global_step:
@@ -202,6 +207,7 @@ class LaLoraCallback(pl.Callback):
             "allocator": self.allocator.state_dict(),
             "last_step": self._last_step,
             "history": [[step, ranks, budget] for step, ranks, budget in self.history],
+            "random": _random_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -209,12 +215,13 @@ class LaLoraCallback(pl.Callback):
         if self.allocator is None:
             self._restored = state_dict or None
             return
-        missing = {"allocator", "last_step", "history"} - state_dict.keys()
+        missing = {"allocator", "last_step", "history", "random"} - state_dict.keys()
         if missing:
             raise ValueError(f"Expected the state of a LaLoraCallback but it lacks {', '.join(sorted(missing))}.")
         self._restored = None
         self.allocator.load_state_dict(state_dict["allocator"])
         self._last_step = state_dict["last_step"]
+        self._random = state_dict["random"]
         self._skipped = int(self.allocator.skipped)
         self.history = [(step, list(ranks), budget) for step, ranks, budget in state_dict["history"]]
 
@@ -332,6 +339,20 @@ class LaLoraCallback(pl.Callback):
             # Lightning counts the steps of what it logs from zero.
             logger.log_metrics(metrics, step=trainer.global_step - 1)
         return sum(ranks)
+
+
+def _random_state() -> dict[str, Tensor]:
+    """Of torch, which Lightning does not keep: dropout and the order of rows after resuming go by it."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 def _leave_backbone_out(pl_module: pl.LightningModule) -> None:

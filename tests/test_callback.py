@@ -186,27 +186,40 @@ def test_adapters_that_no_optimizer_holds_are_an_error(tmp_path: Path):
         new_trainer(tmp_path, LaLoraCallback(rank=4)).fit(HeadOnly(), loader())
 
 
+class Dropping(Task):
+    """With dropout, as most backbones have it."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        return super().training_step([nn.functional.dropout(x, 0.2), y], batch_idx)
+
+
 @pytest.mark.parametrize("save_adapter_only", [False, True])
 @pytest.mark.parametrize("contribution", ["norm", "fisher"])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     tmp_path: Path, contribution: str, save_adapter_only: bool
 ):
-    def start() -> tuple[Task, LaLoraCallback]:
-        pl.seed_everything(1)
-        return Task(), LaLoraCallback(rank=4, gamma=3.0, contribution=contribution, save_adapter_only=save_adapter_only)
+    """Also the rows of a batch, which are drawn at random, and what dropout drops."""
 
-    whole, whole_callback = start()
-    new_trainer(tmp_path, whole_callback, max_epochs=4).fit(whole, loader())
+    def start(epochs: int) -> tuple[Task, LaLoraCallback, pl.Trainer]:
+        torch.manual_seed(1)
+        callback = LaLoraCallback(
+            rank=4, gamma=3.0, contribution=contribution, save_adapter_only=save_adapter_only, dropout=0.1
+        )
+        return Dropping(), callback, new_trainer(tmp_path, callback, max_epochs=epochs)
 
-    first, callback = start()
-    trainer = new_trainer(tmp_path, callback, max_epochs=2)
-    trainer.fit(first, loader())
+    shuffled = DataLoader(loader().dataset, batch_size=4, shuffle=True)
+    whole, whole_callback, trainer = start(4)
+    trainer.fit(whole, shuffled, loader(2))
+
+    first, _, trainer = start(2)
+    trainer.fit(first, shuffled, loader(2))
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     half = torch.load(tmp_path / "half.ckpt", weights_only=True)
     assert ("model.blocks.0.key.weight" in half["state_dict"]) is not save_adapter_only
 
-    second, second_callback = start()
-    new_trainer(tmp_path, second_callback, max_epochs=4).fit(second, loader(), ckpt_path=tmp_path / "half.ckpt")
+    second, second_callback, trainer = start(4)
+    trainer.fit(second, shuffled, loader(2), ckpt_path=tmp_path / "half.ckpt")
 
     assert second_callback.history == whole_callback.history
     assert second_callback.allocator.steps == whole_callback.allocator.steps == 28

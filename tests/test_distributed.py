@@ -12,10 +12,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lalora_lightning import LaLoraCallback, load_lora_state_dict
+from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, load_lora_state_dict
+from tests.conftest import TinyTransformer
 from tests.test_callback import Task, new_trainer
 
 EPOCHS, STEPS, GLOBAL_BATCH = 2, 6, 8
@@ -139,3 +140,17 @@ def test_a_sharded_run_is_resumed(tmp_path: Path, save_adapter_only: bool):
 def test_adapter_only_parts_of_each_process_are_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="give ModelParallelStrategy save_distributed_checkpoint=False"):
         train(tmp_path, 1, ModelParallelStrategy(1, 1))
+
+
+def test_flattened_parameters_are_refused(tmp_path: Path):
+    def work() -> str:
+        torch.distributed.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]))
+        model = TinyTransformer()
+        add_lora(model, rank=4)
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match="sharded by fully_shard") as error:
+            RankAllocator(sharded)
+        return str(error.value)
+
+    for message in in_processes(2, tmp_path, work):
+        assert "blocks.0.query.lora_A has the shape (" in message
