@@ -3,7 +3,6 @@
 import multiprocessing
 import random
 import time
-from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +15,41 @@ from torch.utils.data import DataLoader
 from lalora_lightning import LaLoraCallback
 from tests.test_callback import Dropping, loader, new_trainer
 
-EPOCHS, KILLS = 60, 24
+EPOCHS, KILLS = 70, 24
 STEP, VALIDATION, WRITING = 1, 2, 3
 
 
-class Phase(pl.Callback):
-    """Tells the process that kills what is going on."""
+class Progress:
+    """What the process that trains tells the one that kills it."""
 
-    def __init__(self, phase: Synchronized) -> None:
-        self.phase = phase
+    def __init__(self, context: Any) -> None:
+        self.phase, self.epochs = context.Value("i", 0), context.Value("i", 0)
+
+
+class Reporter(pl.Callback):
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.phase.value = STEP
+        self.progress.phase.value = STEP
 
     def on_validation_start(self, *args: Any) -> None:
-        self.phase.value = VALIDATION
+        self.progress.phase.value = VALIDATION
+
+    def on_train_epoch_end(self, *args: Any) -> None:
+        self.progress.epochs.value += 1
 
 
-class PhaseIO(TorchCheckpointIO):
-    def __init__(self, phase: Synchronized) -> None:
-        self.phase = phase
+class ReportingIO(TorchCheckpointIO):
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.phase.value = WRITING
+        self.progress.phase.value = WRITING
         super().save_checkpoint(*args, **kwargs)
 
 
-def train(folder: Path, phase: Synchronized) -> None:
+def train(folder: Path, progress: Progress) -> None:
     """Start, or go on from the last checkpoint; at the end write weights and history."""
     torch.manual_seed(1)
     module, callback = Dropping(), LaLoraCallback(rank=4, gamma=0.5, save_adapter_only=True)
@@ -50,9 +57,9 @@ def train(folder: Path, phase: Synchronized) -> None:
     trainer = new_trainer(
         folder,
         callback,
-        Phase(phase),
+        Reporter(progress),
         checkpoints,
-        plugins=[PhaseIO(phase)],
+        plugins=[ReportingIO(progress)],
         max_epochs=EPOCHS,
         enable_checkpointing=True,
         num_sanity_val_steps=0,
@@ -63,13 +70,13 @@ def train(folder: Path, phase: Synchronized) -> None:
     torch.save({"history": callback.history, "weights": module.state_dict()}, folder / "end.pt")
 
 
-def start(folder: Path) -> tuple[Any, Synchronized]:
+def start(folder: Path) -> tuple[Any, Progress]:
     # Forked: torch need not be imported again.
     context = multiprocessing.get_context("fork")
-    phase = context.Value("i", 0)
-    process = context.Process(target=train, args=(folder, phase))
+    progress = Progress(context)
+    process = context.Process(target=train, args=(folder, progress))
     process.start()
-    return process, phase
+    return process, progress
 
 
 def test_a_run_that_was_killed_and_resumed_is_the_run_that_never_was(tmp_path: Path):
@@ -81,21 +88,20 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_never_was(tmp_path: P
 
     kills = {STEP: 0, VALIDATION: 0, WRITING: 0}
     while sum(kills.values()) < KILLS:
-        process, phase = start(killed)
-        wanted = rng.choice(list(kills))
-        # In one of the first epochs after resuming, so that there are epochs left for all kills.
-        deadline = time.monotonic() + rng.uniform(0.0, 0.15)
-        while process.is_alive() and (time.monotonic() < deadline or phase.value != wanted):
+        process, progress = start(killed)
+        epochs, phase = rng.choice([0, 0, 1, 2, 3]), rng.choice(list(kills))
+        while process.is_alive() and (progress.epochs.value < epochs or progress.phase.value != phase):
             time.sleep(0.0001)
         time.sleep(rng.uniform(0.0, 0.002))
-        seen = phase.value
+        phase = progress.phase.value
         process.kill()
         process.join()
         assert process.exitcode == -9, "the run came to its end before all kills"
-        kills[seen] += 1
+        kills[phase] += 1
         for file in killed.glob("*.ckpt"):
             torch.load(file, weights_only=True)
     assert min(kills.values()) >= KILLS // 8
+    assert torch.load(killed / "last.ckpt", weights_only=True)["epoch"] > 10
 
     process, _ = start(killed)
     process.join(timeout=120)
