@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lalora_lightning.adapters import GroupBy, add_lora, lora_layers, summarize
 from lalora_lightning.allocator import Contribution, ContributionScale, Growth, RankAllocator, check_settings
-from lalora_lightning.checkpoint import without_frozen
+from lalora_lightning.checkpoint import check_file, without_frozen
 from lalora_lightning.layers import is_linear
 
 # Readings kept for the picture; beyond that every second one is dropped, so that a long run's memory stays flat.
@@ -133,7 +133,7 @@ class LaLoraCallback(pl.Callback):
             self._refuse_copies_of_the_plain_model(trainer)
             add_lora(pl_module, self.rank, self.alpha, self.dropout, self.target_modules, self.modules_to_save)
             rank_zero_info(f"La-LoRA: {summarize(pl_module, self.group_by)}")
-        _leave_backbone_out(pl_module)
+        _attach_checkpoint_hooks(pl_module)
         if stage == "fit":
             self._refuse_averages(trainer)
             self._prepare_sharded_loading(trainer, pl_module)
@@ -355,14 +355,16 @@ def _set_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def _leave_backbone_out(pl_module: pl.LightningModule) -> None:
-    """Teach a module to leave the frozen backbone out of checkpoints, if the callback says so, and to load those."""
-    if _accept_adapter_only not in pl_module._load_state_dict_post_hooks.values():
-        pl_module.register_load_state_dict_post_hook(_accept_adapter_only)
-        # The module's own hook, because it is the last one, also called with save_weights_only.
-        pl_module.on_save_checkpoint = functools.partial(  # type: ignore[method-assign]
-            _save_adapter_only, pl_module, pl_module.on_save_checkpoint
-        )
+def _attach_checkpoint_hooks(pl_module: pl.LightningModule) -> None:
+    """What concerns a module's checkpoints goes through the module's own hooks.
+
+    They come after those of all callbacks, and are also called with ``save_weights_only`` and by ``trainer.test``.
+    """
+    if _accept_adapter_only in pl_module._load_state_dict_post_hooks.values():
+        return
+    pl_module.register_load_state_dict_post_hook(_accept_adapter_only)
+    for name, hook in (("on_save_checkpoint", _save_adapter_only), ("on_load_checkpoint", _refuse_damaged_file)):
+        setattr(pl_module, name, functools.partial(hook, pl_module, getattr(pl_module, name)))
 
 
 def _save_adapter_only(
@@ -372,6 +374,14 @@ def _save_adapter_only(
     callbacks = pl_module.trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, LaLoraCallback) and callback.save_adapter_only for callback in callbacks):
         checkpoint["state_dict"] = without_frozen(pl_module, checkpoint["state_dict"])
+
+
+def _refuse_damaged_file(
+    pl_module: pl.LightningModule, own_hook: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]
+) -> None:
+    if pl_module._trainer is not None and pl_module.trainer.ckpt_path is not None:
+        check_file(pl_module.trainer.ckpt_path)
+    own_hook(checkpoint)
 
 
 def _accept_adapter_only(module: nn.Module, incompatible_keys: Any) -> None:

@@ -1,6 +1,9 @@
 """Adapter-only state: what fine-tuning changed, without the backbone."""
 
+import zipfile
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,20 +27,22 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return without_frozen(model, model.state_dict())
 
 
-def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load what :func:`lora_state_dict` gave, or the ``state_dict`` of a Trainer's checkpoint of an adapted module.
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | PathLike[str]) -> None:
+    """Load what :func:`lora_state_dict` gave, or what a Trainer's checkpoint holds of an adapted module.
 
     A model without LoRA layers gets those that the state describes; whatever the state does not hold is the backbone
-    then, and frozen.
+    then, and frozen. ``load_lora_state_dict(Classifier(), "best.ckpt")`` needs to know nothing of the run.
 
-    ::
-
-        load_lora_state_dict(module, torch.load("best.ckpt", weights_only=True)["state_dict"])
+    Args:
+        model: With the layers the state was taken from, or without any.
+        state: The state itself, or a file that ``torch.save`` or a Trainer wrote.
 
     Raises:
         ValueError: Keys are missing or unknown, or a value does not fit; the message lists them all, and nothing has
-            been loaded.
+            been loaded. Or the file is damaged.
     """
+    if not isinstance(state, Mapping):
+        state = _read(state)
     added = {} if lora_layers(model) else _described_layers(model, state)
     for name, layer in added.items():
         model.set_submodule(name, layer)
@@ -54,6 +59,23 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def check_file(path: str | PathLike[str]) -> None:
+    """Compare a file's contents with the checksums in it, at which ``torch.load`` does not look.
+
+    Raises:
+        ValueError: They differ. A file that is no zip archive is left to ``torch.load``.
+    """
+    if not Path(path).is_file() or not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except zipfile.BadZipFile as error:
+        damaged = str(error)
+    if damaged is not None:
+        raise ValueError(f"Expected {path} to be as it was written but it is damaged: {damaged}. Take another copy.")
+
+
 def without_frozen(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """A state of the model without its frozen parameters; adapters stay in, also where they are frozen."""
     factors = {f"{name}.{factor}".lstrip(".") for name in lora_layers(model) for factor in ("lora_A", "lora_B")}
@@ -65,6 +87,16 @@ def missing_keys(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
     """A line that names all keys an adapter state of the model lacks, or nothing."""
     missing = [key for key in without_frozen(model, model.state_dict()) if key not in state]
     return [f"missing keys: {', '.join(missing)}"] if missing else []
+
+
+def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
+    check_file(path)
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(loaded, Mapping) and "pytorch-lightning_version" in loaded:
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"Expected {path} to hold a state dict but it holds a {type(loaded).__name__}.")
+    return loaded
 
 
 def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, TruncatedLoRALinear]:

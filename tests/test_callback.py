@@ -271,6 +271,20 @@ def test_a_checkpoint_that_lacks_some_of_the_backbone_is_an_error(tmp_path: Path
         )
 
 
+@pytest.mark.parametrize("method", ["fit", "test"])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, method: str):
+    trainer = new_trainer(tmp_path, LaLoraCallback(rank=4), max_epochs=1)
+    trainer.fit(Task(), loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    weights = trainer.lightning_module.model.blocks[0].key.weight.detach().numpy().tobytes()
+    content = (tmp_path / "end.ckpt").read_bytes()
+    (tmp_path / "end.ckpt").write_bytes(content.replace(weights, weights[:-1] + b"\0"))
+    with pytest.raises(ValueError, match=r"Expected .*end\.ckpt to be as it was written but it is damaged"):
+        getattr(new_trainer(tmp_path, LaLoraCallback(rank=4)), method)(
+            Task(), loader(), ckpt_path=tmp_path / "end.ckpt"
+        )
+
+
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("save_adapter_only", [False, True])
 def test_a_checkpoint_goes_into_a_plain_module(tmp_path: Path, save_adapter_only: bool, weights_only: bool):
@@ -282,7 +296,7 @@ def test_a_checkpoint_goes_into_a_plain_module(tmp_path: Path, save_adapter_only
     assert ("model.blocks.0.key.weight" in state) is not save_adapter_only
     torch.manual_seed(0)  # the same backbone again
     plain = Task()
-    load_lora_state_dict(plain, state)
+    load_lora_state_dict(plain, tmp_path / "end.ckpt")
     x = torch.randn(2, 5, 8)
     assert torch.equal(plain.model(x), module.model(x))
 
