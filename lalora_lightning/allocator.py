@@ -1,7 +1,7 @@
 """RankAllocator: reads the norms of the rank components, asks `functional` for ranks, writes them; any nn.Module."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -326,9 +326,9 @@ def check_settings(
         raise ValueError(f"Expected gamma to be finite and at least 0 but got {gamma}.")
     if not 0 < temperature < math.inf:
         raise ValueError(f"Expected temperature to be positive and finite but got {temperature}.")
-    if interval < 1:
-        raise ValueError(f"Expected interval to be at least 1 step but got {interval}.")
-    if freeze_after is not None and freeze_after < 0:
+    if not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"Expected interval to be at least 1 step, and whole, but got {interval}.")
+    if freeze_after is not None and not freeze_after >= 0:
         raise ValueError(f"Expected freeze_after to be at least 0 but got {freeze_after}.")
 
 
@@ -350,30 +350,60 @@ def _count(layers: Iterable[TruncatedLoRALinear]) -> int:
     return sum(len(layer.out_slices) for layer in layers)
 
 
-def _mismatches(state: dict[str, Any], allocator: RankAllocator) -> list[str]:
+def _mismatches(state: Any, allocator: RankAllocator) -> list[str]:
+    """A line for everything that keeps a state from being loaded."""
     own = allocator.state_dict()
+    if not isinstance(state, Mapping):
+        return [f"expected a dict but got {type(state).__name__}"]
     missing = sorted(own.keys() - state.keys())
     if missing:
         return [f"expected the keys {', '.join(own)} but {', '.join(missing)} are missing"]
     problems = []
-    absent = [name for name in own["layer_names"] if name not in state["layer_names"]]
-    unknown = [name for name in state["layer_names"] if name not in own["layer_names"]]
-    if absent:
-        problems.append(f"the state lacks the layers {', '.join(absent)}")
-    if unknown:
-        problems.append(f"the state has unknown layers {', '.join(unknown)}")
-    if not absent and not unknown and own["layer_names"] != state["layer_names"]:
-        problems.append("the state has the layers in another order")
+    own_names, names = own["layer_names"], state["layer_names"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        problems.append(f"expected layer_names to be a list of names but got {names!r}")
+    elif own_names != names:
+        absent = [name for name in own_names if name not in names]
+        unknown = [name for name in names if name not in own_names]
+        if absent:
+            problems.append(f"the state lacks the layers {', '.join(absent)}")
+        if unknown:
+            problems.append(f"the state has unknown layers {', '.join(unknown)}")
+        if not absent and not unknown:
+            problems.append("the state has the layers in another order")
     if state["max_rank"] != own["max_rank"]:
         problems.append(f"expected max_rank {own['max_rank']} but got {state['max_rank']}")
     if (state["fisher"] is None) != (own["fisher"] is None):
         problems.append(
             f'expected a state of contribution="{allocator.contribution}" but got one of the other contribution'
         )
-    if not problems:
-        problems = [
-            f"expected {key} of shape {tuple(own[key].shape)} but got {tuple(state[key].shape)}"
-            for key in ("ranks", "budget", "value", "skipped", "fisher")
-            if own[key] is not None and state[key].shape != own[key].shape
-        ]
+    if problems:
+        return problems
+    if type(state["steps"]) is not int or state["steps"] < 0:
+        problems.append(f"expected steps to be a number of steps but got {state['steps']!r}")
+    for key in ("ranks", "budget", "value", "skipped", "fisher"):
+        if own[key] is not None:
+            problems += _misfit(key, state[key], own[key])
+    if problems:
+        return problems
+    if not (state["ranks"].min() >= 1 and state["ranks"].max() <= allocator.max_rank):
+        problems.append(f"expected ranks in [1, {allocator.max_rank}] but got {state['ranks'].tolist()}")
+    # Above max_budget it comes from a run of another average_rank, and the next step mends it.
+    full = len(own_names) * allocator.max_rank
+    if not allocator.min_budget <= state["budget"] <= full:
+        problems.append(f"expected the budget to be in [{len(own_names)}, {full}] but got {float(state['budget'])}")
+    problems += [
+        f"expected {key} to be finite and not negative but it is not"
+        for key in ("value", "fisher")
+        if own[key] is not None and not (state[key].min() >= 0 and state[key].max() < math.inf)
+    ]
     return problems
+
+
+def _misfit(key: str, given: Any, own: Tensor) -> list[str]:
+    if not isinstance(given, Tensor) or given.is_complex() or given.is_floating_point() != own.is_floating_point():
+        kind = "floating-point" if own.is_floating_point() else "integer"
+        return [f"expected {key} to be a {kind} tensor but got {getattr(given, 'dtype', type(given).__name__)}"]
+    if given.shape != own.shape:
+        return [f"expected {key} of shape {tuple(own.shape)} but got {tuple(given.shape)}"]
+    return []

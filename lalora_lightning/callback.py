@@ -215,15 +215,13 @@ class LaLoraCallback(pl.Callback):
         if self.allocator is None:
             self._restored = state_dict or None
             return
-        missing = {"allocator", "last_step", "history", "random"} - state_dict.keys()
-        if missing:
-            raise ValueError(f"Expected the state of a LaLoraCallback but it lacks {', '.join(sorted(missing))}.")
-        self._restored = None
+        history = _checked_history(state_dict)
         self.allocator.load_state_dict(state_dict["allocator"])
+        self.history = history
+        self._restored = None
         self._last_step = state_dict["last_step"]
         self._random = state_dict["random"]
         self._skipped = int(self.allocator.skipped)
-        self.history = [(step, list(ranks), budget) for step, ranks, budget in state_dict["history"]]
 
     def _act(self) -> None:
         assert self.allocator is not None
@@ -339,6 +337,24 @@ class LaLoraCallback(pl.Callback):
             # Lightning counts the steps of what it logs from zero.
             logger.log_metrics(metrics, step=trainer.global_step - 1)
         return sum(ranks)
+
+
+def _checked_history(state: dict[str, Any]) -> list[tuple[int, list[int], float]]:
+    """The history of a callback's state, of which all but the allocator's part has been checked then."""
+    missing = {"allocator", "last_step", "history", "random"} - state.keys()
+    if missing:
+        raise ValueError(f"Expected the state of a LaLoraCallback but it lacks {', '.join(sorted(missing))}.")
+    random, last_step = state["random"], state["last_step"]
+    if not isinstance(random, dict) or not all(
+        isinstance(s, Tensor) and s.dtype == torch.uint8 for s in random.values()
+    ):
+        raise ValueError(f"Expected random to be torch's random states but got {random!r}.")
+    if last_step is not None and type(last_step) is not int:
+        raise ValueError(f"Expected last_step to be a step or None but got {last_step!r}.")
+    try:
+        return [(int(step), [int(rank) for rank in ranks], float(budget)) for step, ranks, budget in state["history"]]
+    except (TypeError, ValueError) as error:
+        raise ValueError("Expected history to be a list of step, ranks and budget but it is not.") from error
 
 
 def _random_state() -> dict[str, Tensor]:

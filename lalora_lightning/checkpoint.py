@@ -70,7 +70,8 @@ def check_file(path: str | PathLike[str]) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except zipfile.BadZipFile as error:
+    except Exception as error:
+        # BadZipFile, and what other damage leads to.
         damaged = str(error)
     if damaged is not None:
         raise ValueError(f"Expected {path} to be as it was written but it is damaged: {damaged}. Take another copy.")
@@ -91,7 +92,16 @@ def missing_keys(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
 
 def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
     check_file(path)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:
+        # Of what a file can be instead, torch makes errors of many kinds.
+        raise ValueError(
+            f"Expected {path} to be a file of torch.save or of a Trainer but it cannot be read "
+            f"({type(error).__name__}: {str(error).split(chr(10))[0]})."
+        ) from error
     if isinstance(loaded, Mapping) and "pytorch-lightning_version" in loaded:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):

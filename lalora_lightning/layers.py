@@ -388,9 +388,9 @@ def _check_settings(layer: TruncatedLoRALinear, rank: int, alpha: float, dropout
             )
         end = stop
     largest = min(layer.in_features, *(stop - start for start, stop in layer.out_slices))
-    if not 1 <= rank <= largest:
+    if not isinstance(rank, int) or not 1 <= rank <= largest:
         raise ValueError(
-            f"Expected rank to be in [1, {largest}], the smaller side of the weight it adapts, but got {rank}."
+            f"Expected rank to be in [1, {largest}], up to the smaller side of the weight, and whole but got {rank}."
         )
     if not 0 < alpha < math.inf:
         raise ValueError(f"Expected alpha to be positive and finite but got {alpha}.")
