@@ -56,5 +56,16 @@ def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_files_it_links_to_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README.read_text()):
         assert (README.parent / target).exists(), target
+
+
+def test_tests_named_in_the_docs_exist():
+    text = (README.parent / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(?:(test_\w+\.py))?(?:::(test_\w+))?`", text)
+    assert len(named) > 20
+    file = ""
+    for name, function in named:
+        file = name or file
+        if function:
+            assert f"\ndef {function}(" in (Path(__file__).parent / file).read_text(), function

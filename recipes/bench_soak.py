@@ -1,0 +1,111 @@
+"""A long run of a tiny model, everything logged at every step: memory has to stay flat and ranks in their bounds.
+
+python -m recipes.bench_soak --steps 20000
+"""
+
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import auto_cli
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lalora_lightning import LaLoraCallback
+from recipes.reporting import quiet, table
+
+WINDOW = 1000
+
+
+def main(steps: int = 20_000, epoch: int = 100) -> None:
+    """Train, validate every epoch, keep the last checkpoint; print memory and ranks of the first and last 1,000 steps.
+
+    Args:
+        steps: Optimizer steps.
+        epoch: Batches of an epoch.
+    """
+    quiet()
+    torch.set_num_threads(1)
+    pl.seed_everything(0, verbose=False)
+    callback, watch = LaLoraCallback(rank=4, gamma=0.5), Watch()
+    x = torch.randn(4 * epoch, 5, 8)
+    data = DataLoader(TensorDataset(x, (x.mean((1, 2)) > 0).long()), batch_size=4, shuffle=True)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_epochs=-1,
+            max_steps=steps,
+            log_every_n_steps=1,
+            limit_val_batches=2,
+            callbacks=[callback, watch],
+            logger=[CSVLogger(folder), TensorBoardLogger(folder)],
+            default_root_dir=folder,
+            enable_model_summary=False,
+        )
+        trainer.fit(Task(), data, data)
+    rows = [
+        [name, f"{statistics.mean(memory):.1f}", f"{max(memory):.1f}", f"{min(ranks)} to {max(ranks)}"]
+        for name, memory, ranks in (
+            # The very first thousand is still allocating.
+            ("second 1,000 steps", watch.memory[WINDOW : 2 * WINDOW], watch.totals[WINDOW : 2 * WINDOW]),
+            ("last 1,000 steps", watch.memory[-WINDOW:], watch.totals[-WINDOW:]),
+        )
+    ]
+    print(f"\n{len(watch.memory):,} steps, {len(callback.history):,} readings kept\n")
+    print(table(["", "MiB, mean", "MiB, most", "total rank of 3 layers"], rows))
+
+
+class Watch(pl.Callback):
+    """Resident memory in MiB and the total rank after every step; stops where a rank leaves [1, r]."""
+
+    def __init__(self) -> None:
+        self.memory: list[float] = []
+        self.totals: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.memory.append(pages * 4096 / 2**20)
+        (callback,) = (c for c in trainer.callbacks if isinstance(c, LaLoraCallback))  # type: ignore[attr-defined]
+        assert callback.allocator is not None
+        ranks = callback.allocator.ranks.tolist()
+        if not all(1 <= rank <= callback.rank for rank in ranks) or sum(ranks) > callback.allocator.budget:
+            raise RuntimeError(f"Expected ranks in [1, {callback.rank}] and within the budget but got {ranks}.")
+        self.totals.append(sum(ranks))
+
+
+class Task(pl.LightningModule):
+    """Three attention blocks of width 8 that tell the sign of their inputs' mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(8, 8) for name in ("query", "key", "value")}) for _ in range(3)
+        )
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            query, key, value = (block[name](x) for name in ("query", "key", "value"))  # type: ignore[index]
+            x = x + nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.head(x.mean(1))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = nn.functional.cross_entropy(self(x), y)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.log("val/loss", nn.functional.cross_entropy(self(x), y))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
