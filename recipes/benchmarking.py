@@ -87,10 +87,14 @@ def ratios(seconds: Mapping[str, list[float]], reference: str) -> dict[str, tupl
     """Lower quartile, median and upper quartile of the ratio to the reference within the same repeat."""
     out = {}
     for name, own in seconds.items():
-        quotients = [a / b for a, b in zip(own, seconds[reference], strict=True)]
-        lower, median, upper = statistics.quantiles(quotients, n=4) if len(quotients) > 1 else quotients * 3
-        out[name] = lower, median, upper
+        out[name] = quartiles([a / b for a, b in zip(own, seconds[reference], strict=True)])
     return out
+
+
+def quartiles(numbers: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    lower, median, upper = statistics.quantiles(numbers, n=4) if len(numbers) > 1 else numbers * 3
+    return lower, median, upper
 
 
 def spread(triple: tuple[float, float, float]) -> str:

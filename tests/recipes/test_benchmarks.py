@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes import bench_inference, bench_training, benchmarking
+from recipes import bench_allocator, bench_inference, bench_training, benchmarking
 from recipes.benchmarking import interleave, ratios
 
 
@@ -21,6 +21,7 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
     config = benchmarking.LlamaConfig
     monkeypatch.setattr(benchmarking, "LlamaConfig", tiny)
+    monkeypatch.setattr(bench_allocator, "LlamaConfig", lambda **settings: tiny())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
@@ -46,6 +47,15 @@ def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert all(len(result["inter-token latency"]) == 2 for result in models.values())
     assert models["base"]["weights MiB"] < models["La-LoRA trimmed"]["weights MiB"] < models["La-LoRA"]["weights MiB"]
     assert "ratio to base" in capsys.readouterr().out
+
+
+def test_allocator(tmp_path: Path, capsys: pytest.CaptureFixture):
+    bench_allocator.main(rank=2, repeats=2, json=tmp_path / "out.json")
+    results = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert "projections" in capsys.readouterr().out
+    # Operations follow the number of shapes and not that of layers.
+    assert len({result["operations"] for result in results if result["projections"] == 7}) == 1
+    assert all(result["operations"] <= 75 for result in results)
 
 
 def test_methods_share_the_frozen_weights():
