@@ -5,6 +5,7 @@ from lalora_lightning.allocator import RankAllocator
 from lalora_lightning.callback import LaLoraCallback
 from lalora_lightning.checkpoint import load_lora_state_dict, lora_state_dict
 from lalora_lightning.layers import TruncatedLoRALinear
+from lalora_lightning.peft_adapter import load_peft_adapter, save_peft_adapter
 
 __version__ = "0.1.0"
 
@@ -15,9 +16,11 @@ __all__ = [
     "TruncatedLoRALinear",
     "add_lora",
     "load_lora_state_dict",
+    "load_peft_adapter",
     "lora_layers",
     "lora_state_dict",
     "merge_lora",
+    "save_peft_adapter",
     "trim_lora",
     "unmerge_lora",
 ]

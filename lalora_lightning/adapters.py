@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,12 +122,18 @@ def add_lora(
         except ValueError as error:
             raise ValueError(f"Cannot adapt {name}. {error}") from error
 
+    insert_layers(model, adapted, trained)
+    return summarize(model)
+
+
+def insert_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear], trained: Iterable[nn.Parameter]) -> None:
+    """Put layers in place of their base layers; they and some of the model's parameters are trainable, the rest not."""
+    trained = list(trained)
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    for name, layer in adapted.items():
+    for name, layer in layers.items():
         model.set_submodule(name, layer)
-    return summarize(model)
 
 
 def merge_lora(model: nn.Module) -> None:

@@ -31,7 +31,7 @@ def main(steps: int = 20_000, epoch: int = 100) -> None:
     quiet()
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
-    callback, watch = LaLoraCallback(rank=4, gamma=0.5), Watch()
+    callback, watch = LaLoraCallback(rank=4, gamma=2.0), Watch()
     x = torch.randn(4 * epoch, 5, 8)
     data = DataLoader(TensorDataset(x, (x.mean((1, 2)) > 0).long()), batch_size=4, shuffle=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -51,6 +51,7 @@ def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert names["allocator"].steps == 6
     assert names["callback"].rank == 16
     assert (tmp_path / "adapter.pt").exists()
+    assert (tmp_path / "adapter" / "adapter_config.json").exists()
     # The last line trimmed the model to its ranks.
     assert names["model"].blocks[0].query.max_rank == names["allocator"].ranks[0]
 

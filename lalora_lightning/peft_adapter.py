@@ -1,0 +1,215 @@
+"""Adapters in PEFT's format: what is trained here is used there, and the other way round."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lalora_lightning.adapters import insert_layers, lora_layers, require_lora_layers, summarize
+from lalora_lightning.layers import TruncatedLoRALinear, is_conv1d, is_linear, linear_weight
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+# PEFT wraps a model twice.
+_PREFIX = "base_model.model."
+# What changes the function of a PEFT adapter, and has no counterpart here.
+_UNKNOWN_SETTINGS = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "use_qalora", "use_bdlora")
+
+
+def save_peft_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], uniform: bool = False, overwrite: bool = False
+) -> None:
+    """Write the adapters, at their ranks in force, and what else is trained, so that PEFT can load them.
+
+    ``PeftModel.from_pretrained(base_model, folder)`` and transformers' ``model.load_adapter(folder)`` read it. The
+    scaling is folded into ``lora_B``. Adapters of the slices of a fused projection become one of the whole projection,
+    with as many times the rank and rows of zeros where nothing is adapted.
+
+    Args:
+        model: The adapted model itself, not the LightningModule around it: names have to be those of the base model.
+        folder: New or empty.
+        uniform: Pad all adapters with zero components to the highest rank, for readers that know one rank only.
+        overwrite: Replace an adapter that is there.
+
+    Raises:
+        ValueError: The model has no LoRA layers, layers are merged, or parameters of the model itself are trained,
+            which PEFT cannot save.
+        FileExistsError: The folder is not empty.
+    """
+    layers = require_lora_layers(model)
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(f"Expected unmerged adapters but {merged[0]} is merged; call unmerge_lora(model) first.")
+    head = summarize(model).head
+    if "" in head:
+        raise ValueError("Expected trained parameters to lie in modules but the model has some of its own.")
+    folder = Path(folder)
+    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"Expected {folder} to be new or empty; give overwrite=True to replace an adapter in it.")
+
+    factors = {name: _folded(layer) for name, layer in layers.items()}
+    ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
+    highest = max(ranks.values())
+    if uniform:
+        factors = {name: _padded(A, B, highest) for name, (A, B) in factors.items()}
+        ranks = dict.fromkeys(ranks, highest)
+    tensors = {
+        f"{_PREFIX}{name}.lora_{side}.weight": factor.contiguous()
+        for name, pair in factors.items()
+        for side, factor in zip("AB", pair, strict=True)
+    }
+    for name in head:
+        for key, value in model.get_submodule(name).state_dict().items():
+            tensors[f"{_PREFIX}{name}.{key}"] = value.detach().contiguous()
+    pattern = {_pattern(name, ranks): rank for name, rank in ranks.items() if rank != highest}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "target_modules": list(layers),
+        "modules_to_save": list(head) or None,
+        "r": highest,
+        "lora_alpha": highest,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in layers.values()),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    _write(folder, config, tensors)
+
+
+def load_peft_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Adapt a model by a LoRA adapter that PEFT trained, as a starting point.
+
+    The layers get the highest of its ranks as maximum rank; those of a lower rank are filled up with fresh components
+    that are not in force. A :class:`RankAllocator` starts at rank 1 unless it is told ``gradual_budget=False``.
+
+    Args:
+        model: The base model, without LoRA layers.
+        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        FileNotFoundError: The folder lacks one of the files.
+        ValueError: The adapter is of another kind, is damaged, or does not fit the model; nothing has changed then.
+    """
+    if lora_layers(model):
+        raise ValueError("Expected a model without LoRA layers but it has some already.")
+    config, tensors = _read(Path(folder))
+    factors: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name, match, side = key.removeprefix(_PREFIX).rpartition(".lora_")
+        if match and side in ("A.weight", "B.weight"):
+            factors.setdefault(name, {})[side[0]] = value
+        else:
+            saved[key.removeprefix(_PREFIX)] = value
+    modules, own = dict(model.named_modules()), model.state_dict()
+    problems = [
+        f"{key} does not fit the model"
+        for key, value in saved.items()
+        if key not in own or own[key].shape != value.shape
+    ]
+    highest = max((len(pair["A"]) for pair in factors.values() if "A" in pair), default=0)
+    layers = {}
+    for name, pair in factors.items():
+        try:
+            if not is_linear(modules.get(name, nn.Identity())):
+                raise ValueError("the model has no linear layer of this name")
+            layers[name] = _layer(modules[name], pair, _scaling(config, name, pair), highest)
+        except (ValueError, KeyError, RuntimeError) as error:
+            problems.append(f"{name}: {str(error).rstrip('.')}")
+    if not factors:
+        problems.append("it holds no LoRA of a linear layer")
+    if problems:
+        raise ValueError(f"Cannot adapt the model by {folder}: {'; '.join(problems)}.")
+    insert_layers(model, layers, [p for name, p in model.named_parameters() if name in saved])
+    model.load_state_dict(saved, strict=False)
+
+
+@torch.no_grad()
+def _folded(layer: TruncatedLoRALinear) -> tuple[Tensor, Tensor]:
+    """``(S r', d)`` and ``(m, S r')``: the components in force, with the scaling in B, of all S slices as one."""
+    rank = int(layer.rank)
+    pairs = layer.split(layer.lora_A, layer.lora_B)
+    B = layer.lora_B.new_zeros(layer.out_features, len(pairs) * rank)
+    for i, ((start, stop), (_, B_i)) in enumerate(zip(layer.out_slices, pairs, strict=True)):
+        B[start:stop, i * rank : (i + 1) * rank] = layer.scaling * B_i[:, :rank]
+    return torch.cat([A_i[:rank] for A_i, _ in pairs]), B
+
+
+def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    missing = rank - A.shape[0]
+    return nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
+
+
+def _pattern(name: str, names: Mapping[str, Any]) -> str:
+    """A module's name for PEFT, which looks for it at the end of names: anchored where another one ends alike."""
+    return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
+
+
+def _scaling(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]) -> float:
+    rank = len(pair["A"])
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    # As PEFT does: the first pattern that matches the end of the name.
+    alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+@torch.no_grad()
+def _layer(module: nn.Module, pair: Mapping[str, Tensor], scaling: float, highest: int) -> TruncatedLoRALinear:
+    A, B = pair["A"], pair["B"]
+    m, d = linear_weight(module).shape
+    rank = len(A)
+    if A.shape != (rank, d) or B.shape != (m, rank):
+        raise ValueError(
+            f"expected lora_A and lora_B of shapes ({rank}, {d}) and ({m}, {rank}) but got {tuple(A.shape)} and "
+            f"{tuple(B.shape)}"
+        )
+    max_rank = min(highest, m, d)
+    layer = TruncatedLoRALinear(module, max_rank, scaling * max_rank, dtype=A.dtype)
+    # Not by way of alpha, which would round it.
+    layer.scaling = scaling
+    layer.lora_A[:rank], layer.lora_B[:, :rank] = A, B
+    layer.set_rank(rank)
+    return layer
+
+
+def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Both files, each complete under its name or not there."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    half_written = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+    save_file(tensors, half_written, metadata={"format": "pt"})
+    half_written.replace(folder / WEIGHTS_FILE)
+    half_written.write_text(json.dumps(config, indent=2) + "\n")
+    half_written.replace(folder / CONFIG_FILE)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"Expected an adapter of PEFT in {folder} but it has no {file}.")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ValueError(f"Expected an adapter of PEFT in {folder} but it cannot be read ({error}).") from error
+    unknown = [key for key in _UNKNOWN_SETTINGS if config.get(key)]
+    start = str(config.get("init_lora_weights", ""))
+    if start.startswith(("pissa", "olora", "corda", "loftq")):
+        # They change the base weights as well.
+        unknown.append(f"init_lora_weights={start}")
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unknown:
+        kind = ", ".join([str(config.get("peft_type")), f"bias={config.get('bias')}", *unknown])
+        raise ValueError(f"Expected a plain LoRA adapter without biases in {folder} but got {kind}.")
+    return config, tensors
