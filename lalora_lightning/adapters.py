@@ -178,6 +178,16 @@ def summarize(model: nn.Module, group_by: GroupBy = "block") -> AdapterSummary:
     )
 
 
+def find_head(model: nn.Module, targets: Iterable[str]) -> set[str]:
+    """Names of the parameters of the task head, which stands beside the modules named; none where there is no head."""
+    modules = dict(model.named_modules())
+    try:
+        head = _find_head(modules, targets)
+    except ValueError:
+        return set()
+    return {f"{name}.{key}" for name in head for key, p in modules[name].named_parameters() if p.requires_grad}
+
+
 def group_names(names: Iterable[str], group_by: GroupBy = "block") -> dict[str, list[str]]:
     """Which projections share a rank: layer name to the names of its projections.
 

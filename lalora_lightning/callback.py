@@ -1,7 +1,6 @@
 """LaLoraCallback: says when the rank allocator acts, logs its ranks and keeps its state in checkpoints."""
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,14 +9,15 @@ import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lalora_lightning.adapters import GroupBy, add_lora, lora_layers, summarize
 from lalora_lightning.allocator import Contribution, ContributionScale, Growth, RankAllocator, check_settings
-from lalora_lightning.checkpoint import check_file, without_frozen
 from lalora_lightning.layers import is_linear
+from lalora_lightning.trainer_checkpoint import attach_checkpoint_hooks, random_state, set_random_state
 
 # Readings kept for the picture; beyond that every second one is dropped, so that a long run's memory stays flat.
 _MOST_READINGS = 2000
@@ -120,23 +120,30 @@ class LaLoraCallback(pl.Callback):
         self._skipped = 0
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Tensor] | None = None
+        # The module's, while another is in force.
+        self._strict_loading: bool | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the layers in, early enough for the optimizer and for weights that are restored."""
-        if self._module is not pl_module:
+        if self._module is not None and self._module is not pl_module:
             # What was kept of another module's run is no part of this one's.
-            self._module = pl_module
             self.allocator, self.history, self._skipped = None, [], 0
             self._last_step = self._restored = self._random = None
+        self._module = pl_module
         # A module without linear layers builds its model later, and adapts it itself.
         if not lora_layers(pl_module) and any(map(is_linear, pl_module.modules())):
-            self._refuse_copies_of_the_plain_model(trainer)
+            self._refuse_to_adapt_a_copy(trainer)
             add_lora(pl_module, self.rank, self.alpha, self.dropout, self.target_modules, self.modules_to_save)
             rank_zero_info(f"La-LoRA: {summarize(pl_module, self.group_by)}")
-        _attach_checkpoint_hooks(pl_module)
+        attach_checkpoint_hooks(pl_module)
+        self._prepare_sharded_loading(trainer, pl_module)
         if stage == "fit":
             self._refuse_averages(trainer)
-            self._prepare_sharded_loading(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self._strict_loading is not None:
+            pl_module.strict_loading = self._strict_loading
+            self._strict_loading = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not lora_layers(pl_module):
@@ -149,15 +156,20 @@ class LaLoraCallback(pl.Callback):
             self.allocator = self._build_allocator(trainer, pl_module)
         if self._restored is not None:
             self.load_state_dict(self._restored)
-        if self._random is not None:
-            # The last chance before Lightning draws the order of the first epoch's rows.
-            _set_random_state(self._random)
-            self._random = None
+        if trainer.ckpt_path is None:
+            # What was restored, if anything, was for a test.
+            self._last_step = self._random = None
+        if self._random is not None and trainer.world_size == 1:
+            # The last chance before Lightning draws the order of the first epoch's rows. Several processes would all
+            # get the first one's.
+            set_random_state(self._random)
+        self._random = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._last_step is not None and self._last_step < trainer.global_step:
             # The checkpoint was saved after an optimizer step and before this callback's turn.
-            self._act()
+            assert self.allocator is not None
+            self.allocator.step()
         # Another Trainer counts its steps from zero again.
         self._last_step = trainer.global_step
         self._read(trainer)
@@ -175,7 +187,8 @@ class LaLoraCallback(pl.Callback):
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        self._act()
+        assert self.allocator is not None
+        self.allocator.step()
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:
             total = self._report(trainer)
@@ -207,7 +220,7 @@ class LaLoraCallback(pl.Callback):
             "allocator": self.allocator.state_dict(),
             "last_step": self._last_step,
             "history": [[step, ranks, budget] for step, ranks, budget in self.history],
-            "random": _random_state(),
+            "random": random_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -222,10 +235,6 @@ class LaLoraCallback(pl.Callback):
         self._last_step = state_dict["last_step"]
         self._random = state_dict["random"]
         self._skipped = int(self.allocator.skipped)
-
-    def _act(self) -> None:
-        assert self.allocator is not None
-        self.allocator.step()
 
     def _build_allocator(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RankAllocator:
         freeze_after = self.freeze_after
@@ -252,7 +261,12 @@ class LaLoraCallback(pl.Callback):
             freeze_after=freeze_after,
         )
 
-    def _refuse_copies_of_the_plain_model(self, trainer: pl.Trainer) -> None:
+    def _refuse_to_adapt_a_copy(self, trainer: pl.Trainer) -> None:
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                "Expected a module that is adapted already, since this strategy trains copies of it in other processes "
+                "and brings back only their weights; call add_lora(module) before fit."
+            )
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         for callback in callbacks[: callbacks.index(self)]:
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
@@ -284,7 +298,8 @@ class LaLoraCallback(pl.Callback):
                 "Expected one file a checkpoint with save_adapter_only=True, since parts are loaded whole only; give "
                 "ModelParallelStrategy save_distributed_checkpoint=False."
             )
-        # It asks for every key by itself, before the module is asked which may be missing.
+        # It asks for every key by itself, before the module is asked which may be missing; those are checked later.
+        self._strict_loading = pl_module.strict_loading
         pl_module.strict_loading = False
 
     def _require_optimized(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -339,71 +354,22 @@ class LaLoraCallback(pl.Callback):
         return sum(ranks)
 
 
-def _checked_history(state: dict[str, Any]) -> list[tuple[int, list[int], float]]:
-    """The history of a callback's state, of which all but the allocator's part has been checked then."""
-    missing = {"allocator", "last_step", "history", "random"} - state.keys()
+def _checked_history(state: Any) -> list[tuple[int, list[int], float]]:
+    """Check a callback's state, all but the allocator's part, and give its history."""
+    keys = {"allocator", "last_step", "history", "random"}
+    missing = sorted(keys - state.keys()) if isinstance(state, Mapping) else sorted(keys)
     if missing:
-        raise ValueError(f"Expected the state of a LaLoraCallback but it lacks {', '.join(sorted(missing))}.")
+        raise ValueError(f"Expected the state of a LaLoraCallback but it lacks {', '.join(missing)}.")
     random, last_step = state["random"], state["last_step"]
-    if not isinstance(random, dict) or not all(
-        isinstance(s, Tensor) and s.dtype == torch.uint8 for s in random.values()
+    own = torch.get_rng_state()
+    if not isinstance(random, Mapping) or (own.shape, own.dtype) != (
+        getattr(random.get("cpu"), "shape", None),
+        getattr(random.get("cpu"), "dtype", None),
     ):
-        raise ValueError(f"Expected random to be torch's random states but got {random!r}.")
+        raise ValueError(f"Expected random to hold torch's random state but got {random!r}.")
     if last_step is not None and type(last_step) is not int:
         raise ValueError(f"Expected last_step to be a step or None but got {last_step!r}.")
     try:
         return [(int(step), [int(rank) for rank in ranks], float(budget)) for step, ranks, budget in state["history"]]
     except (TypeError, ValueError) as error:
         raise ValueError("Expected history to be a list of step, ranks and budget but it is not.") from error
-
-
-def _random_state() -> dict[str, Tensor]:
-    """Of torch, which Lightning does not keep: dropout and the order of rows after resuming go by it."""
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-
-
-def _attach_checkpoint_hooks(pl_module: pl.LightningModule) -> None:
-    """What concerns a module's checkpoints goes through the module's own hooks.
-
-    They come after those of all callbacks, and are also called with ``save_weights_only`` and by ``trainer.test``.
-    """
-    if _accept_adapter_only in pl_module._load_state_dict_post_hooks.values():
-        return
-    pl_module.register_load_state_dict_post_hook(_accept_adapter_only)
-    for name, hook in (("on_save_checkpoint", _save_adapter_only), ("on_load_checkpoint", _refuse_damaged_file)):
-        setattr(pl_module, name, functools.partial(hook, pl_module, getattr(pl_module, name)))
-
-
-def _save_adapter_only(
-    pl_module: pl.LightningModule, own_hook: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]
-) -> None:
-    own_hook(checkpoint)
-    callbacks = pl_module.trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(callback, LaLoraCallback) and callback.save_adapter_only for callback in callbacks):
-        checkpoint["state_dict"] = without_frozen(pl_module, checkpoint["state_dict"])
-
-
-def _refuse_damaged_file(
-    pl_module: pl.LightningModule, own_hook: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]
-) -> None:
-    if pl_module._trainer is not None and pl_module.trainer.ckpt_path is not None:
-        check_file(pl_module.trainer.ckpt_path)
-    own_hook(checkpoint)
-
-
-def _accept_adapter_only(module: nn.Module, incompatible_keys: Any) -> None:
-    """No frozen parameter in a state: an adapter-only one, which lacks nothing. Only some of them is an error."""
-    state = module.state_dict()
-    frozen = state.keys() - without_frozen(module, state).keys()
-    missing = incompatible_keys.missing_keys
-    if frozen <= set(missing):
-        missing[:] = [key for key in missing if key not in frozen]

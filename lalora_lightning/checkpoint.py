@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lalora_lightning.adapters import lora_layers, require_lora_layers
+from lalora_lightning.adapters import find_head, insert_layers, lora_layers, require_lora_layers
 from lalora_lightning.layers import TruncatedLoRALinear
 
 _CANNOT_LOAD = "Cannot load the adapter state"
@@ -30,8 +30,9 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | PathLike[str]) -> None:
     """Load what :func:`lora_state_dict` gave, or what a Trainer's checkpoint holds of an adapted module.
 
-    A model without LoRA layers gets those that the state describes; whatever the state does not hold is the backbone
-    then, and frozen. ``load_lora_state_dict(Classifier(), "best.ckpt")`` needs to know nothing of the run.
+    A model without LoRA layers gets those that the state describes. They and the head are trainable then, and whatever
+    else an adapter-only state holds; dropout, a setting of training, is none. ``load_lora_state_dict(Classifier(),
+    "best.ckpt")`` needs to know nothing of the run, only the backbone has to be the same.
 
     Args:
         model: With the layers the state was taken from, or without any.
@@ -43,20 +44,45 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | Path
     """
     if not isinstance(state, Mapping):
         state = _read(state)
-    added = {} if lora_layers(model) else _described_layers(model, state)
-    for name, layer in added.items():
-        model.set_submodule(name, layer)
-    frozen = [p for name, p in model.named_parameters() if added and p.requires_grad and name not in state]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    problems = _problems(model, state)
-    if problems:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        for name, layer in added.items():
-            model.set_submodule(name, layer.base_layer)
-        raise ValueError(f"{_CANNOT_LOAD}: {'; '.join(problems)}.")
+    if lora_layers(model):
+        check_state(model, state)
+    else:
+        _adapt_as_described(model, state)
     model.load_state_dict(state, strict=False)
+
+
+def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Compare a state, whole or adapter-only, with an adapted model.
+
+    Raises:
+        ValueError: Keys are missing or unknown, or a value does not fit; the message lists them all.
+    """
+    own, layers = model.state_dict(), lora_layers(model)
+    missing = [key for key in without_frozen(model, own) if key not in state]
+    problems = [f"missing keys: {', '.join(missing)}"] if missing else []
+    unknown = [str(key) for key in state if key not in own]
+    if unknown:
+        problems.append(f"unknown keys: {', '.join(unknown)}")
+    # Extra state, if not of a LoRA layer, is its module's to check.
+    for key, value in own.items():
+        if key in state and not key.endswith("_extra_state"):
+            problems += _misfits(key, state[key], value)
+    for name, layer in layers.items():
+        key = f"{name}._extra_state".lstrip(".")
+        if key in state and not layer.is_own_extra_state(state[key]):
+            problems.append(
+                f"expected scaling and output slices of {key} to be {layer.get_extra_state().tolist()} but got "
+                f"{state[key].tolist() if isinstance(state[key], Tensor) else state[key]!r}"
+            )
+    if not problems:
+        ranks = {f"{name}.rank".lstrip("."): layer.max_rank for name, layer in layers.items()}
+        problems = [
+            f"expected {key} to be in [1, {max_rank}] but got {int(state[key])}"
+            for key, max_rank in ranks.items()
+            if not 1 <= int(state[key]) <= max_rank
+        ]
+    if problems:
+        raise ValueError(f"{_CANNOT_LOAD}: {'; '.join(problems)}.")
 
 
 def check_file(path: str | PathLike[str]) -> None:
@@ -79,15 +105,14 @@ def check_file(path: str | PathLike[str]) -> None:
 
 def without_frozen(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """A state of the model without its frozen parameters; adapters stay in, also where they are frozen."""
-    factors = {f"{name}.{factor}".lstrip(".") for name in lora_layers(model) for factor in ("lora_A", "lora_B")}
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} - factors
+    frozen = frozen_names(model)
     return {key: value for key, value in state.items() if key not in frozen}
 
 
-def missing_keys(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
-    """A line that names all keys an adapter state of the model lacks, or nothing."""
-    missing = [key for key in without_frozen(model, model.state_dict()) if key not in state]
-    return [f"missing keys: {', '.join(missing)}"] if missing else []
+def frozen_names(model: nn.Module) -> set[str]:
+    """Names of the frozen parameters, without adapters."""
+    factors = {f"{name}.{factor}".lstrip(".") for name in lora_layers(model) for factor in ("lora_A", "lora_B")}
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} - factors
 
 
 def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
@@ -107,6 +132,24 @@ def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
     if not isinstance(loaded, Mapping):
         raise ValueError(f"Expected {path} to hold a state dict but it holds a {type(loaded).__name__}.")
     return loaded
+
+
+def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Put the layers of a state into a plain model, unless the state does not fit then."""
+    layers = _described_layers(model, state)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    trained = find_head(model, layers)
+    if not any(str(key).endswith(".base_layer.weight") for key in state):
+        trained |= {name for name, _ in model.named_parameters() if name in state}
+    insert_layers(model, layers, [p for name, p in model.named_parameters() if name in trained])
+    try:
+        check_state(model, state)
+    except ValueError:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer.base_layer)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
 
 
 def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, TruncatedLoRALinear]:
@@ -140,36 +183,11 @@ def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, T
     return layers
 
 
-def _problems(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
-    """A line for everything that keeps a state from being loaded into an adapted model."""
-    own = model.state_dict()
-    problems = missing_keys(model, state)
-    unknown = [str(key) for key in state if key not in own]
-    if unknown:
-        problems.append(f"unknown keys: {', '.join(unknown)}")
-    for key, value in own.items():
-        if key in state:
-            problems += _misfits(key, state[key], value)
-    if not problems:
-        ranks = {f"{name}.rank".lstrip("."): layer.max_rank for name, layer in lora_layers(model).items()}
-        problems = [
-            f"expected {key} to be in [1, {max_rank}] but got {int(state[key])}"
-            for key, max_rank in ranks.items()
-            if not 1 <= int(state[key]) <= max_rank
-        ]
-    return problems
-
-
-def _misfits(key: str, given: Any, own: Any) -> list[str]:
-    if not isinstance(own, Tensor):
-        # Extra state of a module of the user's.
-        return []
+def _misfits(key: str, given: Any, own: Tensor) -> list[str]:
     if not isinstance(given, Tensor):
         return [f"expected {key} to be a tensor but got {type(given).__name__}"]
     if given.shape != own.shape:
         return [f"expected {key} to have the shape {tuple(own.shape)} but got {tuple(given.shape)}"]
     if (given.is_floating_point(), given.is_complex()) != (own.is_floating_point(), own.is_complex()):
         return [f"expected {key} to hold numbers like {own.dtype} but got {given.dtype}"]
-    if key.endswith("._extra_state") and not torch.equal(given.cpu(), own.cpu()):
-        return [f"expected scaling and output slices of {key} to be {own.tolist()} but got {given.tolist()}"]
     return []

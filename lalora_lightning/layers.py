@@ -110,6 +110,7 @@ class TruncatedLoRALinear(nn.Module):
         self.register_buffer("rank_mask", torch.empty(rank, dtype=torch.bool, device=device), persistent=False)
         self.reset_parameters()
         self.register_state_dict_pre_hook(_refuse_merged)
+        self.register_load_state_dict_pre_hook(_refuse_loading_merged)
         self.register_load_state_dict_post_hook(_rebuild_mask)
 
     def reset_parameters(self) -> None:
@@ -203,7 +204,7 @@ class TruncatedLoRALinear(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What ``lora_A``, ``lora_B`` and ``rank`` do not tell: the scaling and the slices, as one float64 vector."""
-        return torch.tensor([self.scaling, *itertools.chain(*self.out_slices)], dtype=torch.float64)
+        return torch.tensor([self.scaling, *itertools.chain(*self.out_slices)], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse a state that was trained with another scaling or on other slices: it would be another function.
@@ -214,11 +215,19 @@ class TruncatedLoRALinear(nn.Module):
         if type(state).__name__ == "_EXTRA_STATE":
             # torch's set_model_state_dict, which loads sharded models, loses the value and gives its placeholder.
             return
-        if not isinstance(state, Tensor) or not torch.equal(state.cpu(), self.get_extra_state()):
+        if not self.is_own_extra_state(state):
             raise ValueError(
                 f"Expected the state of an adapter with {_describe(self.get_extra_state())} but got one with "
                 f"{_describe(state)}; adapt the model with the settings it was trained with."
             )
+
+    def is_own_extra_state(self, state: Any) -> bool:
+        """Whether scaling and slices are this layer's; the scaling may have been rounded to half precision."""
+        own = self.get_extra_state()
+        if not isinstance(state, Tensor) or state.shape != own.shape or not state.is_floating_point():
+            return False
+        state = state.to("cpu", torch.float64)
+        return torch.equal(state[1:], own[1:]) and torch.allclose(state[:1], own[:1], rtol=1e-2, atol=0.0)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -409,6 +418,15 @@ def _refuse_merged(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
         raise RuntimeError(
             f"Expected {prefix.rstrip('.') or 'the layer'} to be unmerged when its state is taken, since loading would "
             "add the adapter a second time; call unmerge_lora(model) first."
+        )
+
+
+def _refuse_loading_merged(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    assert isinstance(layer, TruncatedLoRALinear)
+    if layer.merged:
+        raise RuntimeError(
+            f"Expected {prefix.rstrip('.') or 'the layer'} to be unmerged when a state is loaded, since its base "
+            "weight still holds the old adapter; call unmerge_lora(model) first."
         )
 
 

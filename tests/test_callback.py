@@ -318,6 +318,49 @@ def test_a_module_that_adapts_itself_is_loaded_from_an_adapter_checkpoint(tmp_pa
         assert torch.equal(got, expected)
 
 
+def test_a_test_of_an_old_checkpoint_is_no_part_of_the_run(tmp_path: Path):
+    """Weights and ranks go back to it, as asked; steps are counted, and rows drawn, as before."""
+    module, callback = Task(), LaLoraCallback(rank=4, gamma=3.0)
+    trainer = new_trainer(tmp_path, callback, max_epochs=1)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "seven.ckpt")
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader())
+    trainer.test(module, loader(1), ckpt_path=tmp_path / "seven.ckpt", verbose=False)
+    assert callback.allocator.steps == 7
+    trainer.fit_loop.max_epochs = 3
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+
+    class Draw(pl.Callback):
+        def on_fit_start(self, *args: object) -> None:
+            self.drawn = torch.rand(1)
+
+    draw = Draw()
+    trainer.callbacks.append(draw)
+    torch.manual_seed(5)
+    trainer.fit(module, loader())
+    assert callback.allocator.steps == 7 + 7
+    assert torch.equal(draw.drawn, expected)
+
+
+def test_a_state_given_before_fit_is_taken_up(tmp_path: Path):
+    module, callback = Task(), LaLoraCallback(rank=4, gamma=3.0)
+    new_trainer(tmp_path, callback).fit(module, loader())
+    again = LaLoraCallback(rank=4, gamma=0.0)
+    again.load_state_dict(callback.state_dict())
+    new_trainer(tmp_path, again, max_epochs=1).fit(module, loader())
+    assert again.allocator.steps == 28
+    assert again.allocator.budget == callback.allocator.budget
+
+
+def test_a_strategy_that_trains_copies_in_other_processes_needs_an_adapted_module(tmp_path: Path):
+    module = Task()
+    trainer = new_trainer(tmp_path, LaLoraCallback(rank=4), strategy="ddp_fork", devices=1)
+    with pytest.raises(Exception, match=r"call add_lora\(module\) before fit"):
+        trainer.fit(module, loader())
+
+
 def test_a_fitted_module_can_be_copied_and_pickled(tmp_path: Path):
     module = Task()
     new_trainer(tmp_path, LaLoraCallback(rank=4, save_adapter_only=True), max_epochs=1).fit(module, loader())
@@ -326,6 +369,8 @@ def test_a_fitted_module_can_be_copied_and_pickled(tmp_path: Path):
     for copied in (copy.deepcopy(module), torch.load(tmp_path / "module", weights_only=False)):
         assert torch.equal(copied.model(x), module.model(x))
         assert copied.on_save_checkpoint.args[0] is copied
+        copied._trainer = None
+        copied.on_save_checkpoint({})
 
 
 def test_a_step_that_was_saved_before_the_callbacks_turn_is_made_up_for(tmp_path: Path):

@@ -14,6 +14,7 @@ from lalora_lightning import (
     load_lora_state_dict,
     lora_layers,
     lora_state_dict,
+    merge_lora,
     trim_lora,
 )
 from tests.conftest import TinyTransformer
@@ -187,6 +188,69 @@ def test_a_rank_out_of_range_is_refused_by_torchs_own_loading(adapted: TinyTrans
     state = {**adapted.state_dict(), "blocks.1.value.rank": torch.tensor(9)}
     with pytest.raises(ValueError, match=r"Expected the loaded rank to be in \[1, 4\] but got 9"):
         fresh().load_state_dict(state)
+
+
+def test_a_plain_model_asks_for_the_head_and_freezes_the_backbone(adapted: TinyTransformer):
+    state = {key: value for key, value in lora_state_dict(adapted).items() if not key.startswith("head")}
+    with pytest.raises(ValueError, match=r"missing keys: head\.weight, head\.bias"):
+        load_lora_state_dict(TinyTransformer(), state)
+    plain = TinyTransformer()
+    load_lora_state_dict(plain, adapted.state_dict())
+    assert {name: p.requires_grad for name, p in plain.named_parameters()} == {
+        name: p.requires_grad for name, p in adapted.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_state_in_half_precision_is_loaded(adapted: TinyTransformer, dtype: torch.dtype):
+    model = TinyTransformer()
+    add_lora(model, rank=3)  # whose scaling, 16/3, is rounded
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in lora_state_dict(model).items()}
+    load_lora_state_dict(model, state)
+    model.load_state_dict(state, strict=False)
+    assert model.blocks[0].query.scaling == 16 / 3
+
+
+def test_extra_state_of_other_modules_is_their_own():
+    class Counter(nn.Linear):
+        count = 0
+
+        def get_extra_state(self) -> torch.Tensor:
+            return torch.tensor([self.count])
+
+        def set_extra_state(self, state: torch.Tensor) -> None:
+            self.count = int(state)
+
+    def build() -> TinyTransformer:
+        torch.manual_seed(0)
+        model = TinyTransformer()
+        model.head = Counter(8, 2)
+        add_lora(model, rank=2)
+        return model
+
+    model, other = build(), build()
+    model.head.count = 5
+    load_lora_state_dict(other, lora_state_dict(model))
+    assert other.head.count == 5
+
+
+def test_a_state_is_loaded_whatever_the_default_device(adapted: TinyTransformer):
+    state = lora_state_dict(adapted)
+    model = fresh()
+    with torch.device("meta"):
+        model.load_state_dict(state, strict=False)
+    x = torch.randn(3, 4, 8)
+    assert torch.equal(model(x), adapted(x))
+
+
+def test_loading_into_a_merged_model_is_refused_before_anything_is_loaded(adapted: TinyTransformer):
+    state = adapted.state_dict()
+    model = fresh()
+    merge_lora(model)
+    before = model.blocks[0].query.lora_B.clone()
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.query to be unmerged when a state is loaded"):
+        model.load_state_dict(state)
+    assert torch.equal(model.blocks[0].query.lora_B, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])

@@ -138,8 +138,51 @@ def test_a_sharded_run_is_resumed(tmp_path: Path, save_adapter_only: bool):
 
 
 def test_adapter_only_parts_of_each_process_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="give ModelParallelStrategy save_distributed_checkpoint=False"):
-        train(tmp_path, 1, ModelParallelStrategy(1, 1))
+    def work() -> str:
+        with pytest.raises(ValueError, match="save_adapter_only=True") as error:
+            train(tmp_path, 1, ModelParallelStrategy(1, 1))
+        return str(error.value)
+
+    (message,) = in_processes(1, tmp_path, work)
+    assert "give ModelParallelStrategy save_distributed_checkpoint=False" in message
+
+
+def test_a_sharded_run_is_tested_from_adapters_and_compares_them(tmp_path: Path):
+    """Lightning itself takes what is there of such a file and asks for nothing."""
+    world = 2
+
+    def work() -> Any:
+        _, weights, trainer = train(tmp_path, world, strategy_of("fsdp2", world), epochs=1)
+        trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+        def test(path: Path, **settings: Any) -> ShardedTask:
+            torch.manual_seed(0)
+            module = ShardedTask()
+            callback = LaLoraCallback(rank=4, save_adapter_only=True, **settings)
+            strategy = strategy_of("fsdp2", world)
+            tester = new_trainer(tmp_path, callback, strategy=strategy, devices=world)
+            tester.test(module, batches(world), ckpt_path=path, verbose=False)
+            assert module.strict_loading
+            return module
+
+        tested = test(tmp_path / "end.ckpt").named_parameters()
+        # Some are whole after a forward pass.
+        same = {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in tested}
+        with pytest.raises(ValueError, match="scaling and output slices") as scaling:
+            test(tmp_path / "end.ckpt", alpha=64.0)
+        if trainer.is_global_zero:
+            checkpoint = torch.load(tmp_path / "end.ckpt", weights_only=True)
+            del checkpoint["state_dict"]["model.head.bias"]
+            torch.save(checkpoint, tmp_path / "cut.ckpt")
+        trainer.strategy.barrier()
+        with pytest.raises(ValueError, match="Cannot load the adapter state") as missing:
+            test(tmp_path / "cut.ckpt")
+        return weights, same, str(scaling.value), str(missing.value)
+
+    for weights, same, scaling, missing in in_processes(world, tmp_path, work):
+        assert all(torch.equal(same[key], value) for key, value in weights.items())
+        assert "[4.0, 0.0, 8.0]" in scaling
+        assert missing.endswith("missing keys: model.head.bias.")
 
 
 def test_flattened_parameters_are_refused(tmp_path: Path):

@@ -67,7 +67,8 @@ class TextDataModule(LightningDataModule):
 
     def processes(self) -> tuple[int, int]:
         """How many processes train, and which of them this is."""
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        replica = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        return replica["num_replicas"], replica["rank"]
 
     def loader(self, split: str, sampler: Sampler | None = None, **arguments: Any) -> DataLoader:
         """A loader of a split; ``arguments`` take the place of the usual ones of ``DataLoader``."""

@@ -165,7 +165,7 @@ def test_processes_share_the_rows(tmp_path: Path, model: str):
     data = load(write(tmp_path, boolq=rows(5)), model)
     trained, tested = [], []
     for rank in range(2):
-        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank})
         trained.append(list(data.train_dataloader().sampler))
         tested.append(list(data.test_dataloader().sampler))
     # 15 rows for training, of which one is seen twice, but each of the 5 for testing once.
