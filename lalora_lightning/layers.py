@@ -197,9 +197,13 @@ class TruncatedLoRALinear(nn.Module):
         # Rows in, rows out: the view back stands outside the function, so that the output may be changed in place.
         rows = x.reshape(-1, self.in_features)
         lora_rows = F.dropout(rows, self.dropout) if self.training and self.dropout > 0 else None
-        out = _TruncatedLoRA.apply(
-            rows, lora_rows, weight, bias, self.lora_A, self.lora_B, self.rank_mask, self.scaling, self.out_slices
-        )
+        fixed = self.rank_mask, self.scaling, self.out_slices
+        if torch.is_grad_enabled():
+            out = _TruncatedLoRA.apply(rows, lora_rows, weight, bias, self.lora_A, self.lora_B, *fixed)
+        else:
+            # Nothing is kept for a backward pass: a node of the graph would only take time.
+            A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+            out, _ = _truncated_lora(rows, lora_rows, weight, bias, A, B, *fixed)
         return out.view(*x.shape[:-1], self.out_features)
 
     def get_extra_state(self) -> Tensor:
@@ -286,12 +290,34 @@ class TruncatedLoRALinear(nn.Module):
         return text + (f", dropout={self.dropout}" if self.dropout else "")
 
 
-class _TruncatedLoRA(torch.autograd.Function):
-    """``x W^T + b + scaling * mask(lora_x A^T) B^T`` for rows ``x`` (N x d), as one node of the graph.
+def _truncated_lora(
+    x: Tensor,
+    lora_x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    rank_mask: Tensor,
+    scaling: float,
+    out_slices: tuple[tuple[int, int], ...],
+) -> tuple[Tensor, Tensor]:
+    """``x W^T + b + scaling * mask(lora_x A^T) B^T`` for rows ``x`` (N x d), and the masked factor (N x S r).
 
-    One node, because autograd over the separate operations would add full-size temporaries: here ``lora_B``
-    accumulates onto the base output and the backward onto the base's input gradient. The mask meets the narrow
-    ``(N, r)`` factors in place, so that no masked copy of a weight is kept.
+    ``B`` accumulates onto the base output, so that there is no full-size temporary. The mask meets the narrow factor in
+    place, so that there is no masked copy of a weight.
+    """
+    out = F.linear(x, weight, bias)
+    hidden = _mask((x if lora_x is None else lora_x) @ A.T, rank_mask)
+    for (out_i, B_i), hidden_i in zip(_by_slice(out, B, out_slices), _chunks(hidden, out_slices), strict=True):
+        out_i.addmm_(hidden_i, B_i.T, alpha=scaling)
+    return out, hidden
+
+
+class _TruncatedLoRA(torch.autograd.Function):
+    """:func:`_truncated_lora` as one node of the graph.
+
+    One node, because autograd over the separate operations would add full-size temporaries: here the adapter's part
+    of the input gradient accumulates onto the base's.
     """
 
     @staticmethod
@@ -308,11 +334,7 @@ class _TruncatedLoRA(torch.autograd.Function):
         out_slices: tuple[tuple[int, int], ...],
     ) -> Tensor:
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-        out = F.linear(x, weight, bias)
-        hidden = _mask((x if lora_x is None else lora_x) @ A.T, rank_mask)
-        for (out_i, B_i), hidden_i in zip(_by_slice(out, B, out_slices), _chunks(hidden, out_slices), strict=True):
-            out_i.addmm_(hidden_i, B_i.T, alpha=scaling)
-
+        out, hidden = _truncated_lora(x, lora_x, weight, bias, A, B, rank_mask, scaling, out_slices)
         need_x, need_lora_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
         ctx.save_for_backward(
             x if need_weight or (need_A and lora_x is None) else None,
