@@ -201,6 +201,20 @@ def test_a_plain_model_asks_for_the_head_and_freezes_the_backbone(adapted: TinyT
     }
 
 
+def test_a_model_without_a_head_gets_its_layers_too():
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"query": nn.Linear(8, 8), "value": nn.Linear(8, 8)})
+
+    model, plain = build(), build()
+    add_lora(model, rank=2, modules_to_save=[])
+    nn.init.normal_(model["value"].lora_B)
+    load_lora_state_dict(plain, lora_state_dict(model))
+    x = torch.randn(3, 8)
+    assert torch.equal(plain["value"](x), model["value"](x))
+    assert not plain["query"].base_layer.weight.requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_state_in_half_precision_is_loaded(adapted: TinyTransformer, dtype: torch.dtype):
     model = TinyTransformer()

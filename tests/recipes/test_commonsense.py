@@ -41,4 +41,4 @@ def test_commonsense_on_local_folders(tmp_path: Path):
     checkpoints = list((folder / "checkpoints").glob("*.ckpt"))
     assert checkpoints
     for checkpoint in checkpoints:
-        assert len(torch.load(checkpoint, weights_only=True)["state_dict"]) == 10 * 3
+        assert len(torch.load(checkpoint, weights_only=True)["state_dict"]) == 10 * 4
