@@ -136,18 +136,35 @@ def insert_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear], t
         model.set_submodule(name, layer)
 
 
-def merge_lora(model: nn.Module) -> None:
-    """Fold every adapter into its base weight; see :meth:`TruncatedLoRALinear.merge`."""
+def merge_lora(model: nn.Module, remove: bool = False) -> None:
+    """Fold every adapter into its base weight, all or none; see :meth:`TruncatedLoRALinear.merge`.
+
+    Args:
+        model: The adapted model.
+        remove: Put the plain linear modules back in place, for good: the model saves and loads as if it had never been
+            adapted. Their weights stay frozen.
+
+    Raises:
+        ValueError: The model has no LoRA layers, or a merged weight would not be finite.
+        RuntimeError: A layer is merged already.
+    """
+    layers = require_lora_layers(model)
+    if remove and "" in layers:
+        raise ValueError(
+            "Expected a model with LoRA layers in it but it is one itself; merge it and take its base_layer."
+        )
     merged = []
     try:
-        for layer in require_lora_layers(model).values():
+        for layer in layers.values():
             layer.merge()
             merged.append(layer)
     except Exception:
-        # All or none.
         for layer in merged:
             layer.unmerge()
         raise
+    if remove:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer.base_layer)
 
 
 def unmerge_lora(model: nn.Module) -> None:

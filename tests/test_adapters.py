@@ -1,6 +1,7 @@
 """Finding projections and heads in the model families, freezing, counting, and what is refused."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import timm
@@ -247,6 +248,40 @@ def test_merge_unmerge_and_trim_a_model(adapted: TinyTransformer):
     trim_lora(adapted)
     torch.testing.assert_close(adapted(x), expected)
     assert [layer.max_rank for layer in lora_layers(adapted).values()] == [4, 4, 2, 1, 4, 4]
+
+
+def test_removed_adapters_leave_a_model_that_saves_as_if_it_had_never_been_adapted(tmp_path: Path):
+    model = roberta().eval()
+    names = {name: type(module) for name, module in model.named_modules()}
+    add_lora(model, rank=4)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B)
+    ids = torch.arange(12).view(2, 6) + 3
+    expected = model(ids).logits
+    merge_lora(model, remove=True)
+    assert {name: type(module) for name, module in model.named_modules()} == names
+    model.save_pretrained(tmp_path)
+    loaded, problems = transformers.RobertaForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(problems.values())
+    torch.testing.assert_close(loaded.eval()(ids).logits, expected)
+
+
+def test_a_layer_by_itself_is_not_removed():
+    layer = TruncatedLoRALinear(nn.Linear(8, 8), rank=2)
+    with pytest.raises(ValueError, match="it is one itself"):
+        merge_lora(layer, remove=True)
+    assert not layer.merged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_hundred_cycles_of_merging_leave_the_weights_as_they_were(adapted: TinyTransformer, dtype: torch.dtype):
+    for layer in lora_layers(adapted).values():
+        layer.base_layer.to(dtype)
+    before = {name: p.clone() for name, p in adapted.named_parameters()}
+    for _ in range(100):
+        merge_lora(adapted)
+        unmerge_lora(adapted)
+    assert all(torch.equal(p, before[name]) for name, p in adapted.named_parameters())
 
 
 def test_a_merge_that_fails_merges_nothing(adapted: TinyTransformer):
