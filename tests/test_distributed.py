@@ -22,6 +22,12 @@ from tests.test_callback import Task, new_trainer
 EPOCHS, STEPS, GLOBAL_BATCH = 2, 6, 8
 
 
+@pytest.fixture(autouse=True)
+def _no_seed_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With one, Lightning starts several processes from it, and one process not.
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
 class ShardedTask(Task):
     """Each block, and the rest, sharded by FSDP2; the callback has put its layers in by then."""
 
