@@ -165,12 +165,9 @@ def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, T
                 raise ValueError("lora_B or _extra_state do not describe an adapter")
             scaling, *edges = extra.tolist()
             slices = [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-            rank = factor.shape[-1]
-            layers[name] = TruncatedLoRALinear(
-                modules[name], rank, scaling * rank, out_slices=slices, dtype=factor.dtype
+            layers[name] = TruncatedLoRALinear.with_scaling(
+                modules[name], factor.shape[-1], scaling, slices, factor.dtype
             )
-            # Not by way of alpha, which would round it.
-            layers[name].scaling = scaling
         except (ValueError, TypeError, OverflowError, RuntimeError, IndexError) as error:
             problems.append(f"cannot adapt {name}: {str(error).rstrip('.')}")
     if problems:

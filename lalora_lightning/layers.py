@@ -113,6 +113,20 @@ class TruncatedLoRALinear(nn.Module):
         self.register_load_state_dict_pre_hook(_refuse_loading_merged)
         self.register_load_state_dict_post_hook(_rebuild_mask)
 
+    @classmethod
+    def with_scaling(
+        cls,
+        base_layer: nn.Module,
+        rank: int,
+        scaling: float,
+        out_slices: Sequence[tuple[int, int]] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "TruncatedLoRALinear":
+        """A layer of exactly this scaling, which ``alpha / rank`` may round."""
+        layer = cls(base_layer, rank, scaling * rank, out_slices=out_slices, dtype=dtype)
+        layer.scaling = scaling
+        return layer
+
     def reset_parameters(self) -> None:
         """Start anew: ``lora_A`` Kaiming uniform (each row's norm is about 1/sqrt(3)), ``lora_B`` zero, full rank.
 

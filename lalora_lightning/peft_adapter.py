@@ -171,10 +171,7 @@ def _layer(module: nn.Module, pair: Mapping[str, Tensor], scaling: float, highes
             f"expected lora_A and lora_B of shapes ({rank}, {d}) and ({m}, {rank}) but got {tuple(A.shape)} and "
             f"{tuple(B.shape)}"
         )
-    max_rank = min(highest, m, d)
-    layer = TruncatedLoRALinear(module, max_rank, scaling * max_rank, dtype=A.dtype)
-    # Not by way of alpha, which would round it.
-    layer.scaling = scaling
+    layer = TruncatedLoRALinear.with_scaling(module, min(highest, m, d), scaling, dtype=A.dtype)
     layer.lora_A[:rank], layer.lora_B[:, :rank] = A, B
     layer.set_rank(rank)
     return layer

@@ -31,7 +31,8 @@ def main(steps: int = 20_000, epoch: int = 100) -> None:
     quiet()
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
-    callback, watch = LaLoraCallback(rank=4, gamma=2.0), Watch()
+    callback = LaLoraCallback(rank=4, gamma=2.0)
+    watch = Watch(callback)
     x = torch.randn(4 * epoch, 5, 8)
     data = DataLoader(TensorDataset(x, (x.mean((1, 2)) > 0).long()), batch_size=4, shuffle=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -62,18 +63,19 @@ def main(steps: int = 20_000, epoch: int = 100) -> None:
 class Watch(pl.Callback):
     """Resident memory in MiB and the total rank after every step; stops where a rank leaves [1, r]."""
 
-    def __init__(self) -> None:
+    def __init__(self, callback: LaLoraCallback) -> None:
+        self.callback = callback
         self.memory: list[float] = []
         self.totals: list[int] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         self.memory.append(pages * 4096 / 2**20)
-        (callback,) = (c for c in trainer.callbacks if isinstance(c, LaLoraCallback))  # type: ignore[attr-defined]
-        assert callback.allocator is not None
-        ranks = callback.allocator.ranks.tolist()
-        if not all(1 <= rank <= callback.rank for rank in ranks) or sum(ranks) > callback.allocator.budget:
-            raise RuntimeError(f"Expected ranks in [1, {callback.rank}] and within the budget but got {ranks}.")
+        allocator = self.callback.allocator
+        assert allocator is not None
+        ranks = allocator.ranks.tolist()
+        if not all(1 <= rank <= allocator.max_rank for rank in ranks) or sum(ranks) > allocator.budget:
+            raise RuntimeError(f"Expected ranks in [1, {allocator.max_rank}] and within the budget but got {ranks}.")
         self.totals.append(sum(ranks))
 
 
