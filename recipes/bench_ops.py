@@ -25,6 +25,9 @@ from recipes.reporting import table
 # What the dispatcher sees but no kernel runs for. `_unsafe_view` is a view that autograd does not track.
 _FREE = {"aten.detach", "aten.alias", "aten.lift_fresh", "aten._unsafe_view", "aten.empty", "aten.promote_types"}
 
+# `item`, `bool` and `if`; and those whose output's shape is a number that the device has to tell.
+_SYNCHRONISING = ("aten._local_scalar_dense", "aten.equal", "aten.nonzero", "aten.masked_select")
+
 
 class OperationCounter(TorchDispatchMode):
     """Counts the operations that run a kernel; views are left out.
@@ -110,6 +113,16 @@ def allocator_counts(depths: tuple[int, ...] = (6, 12, 24, 48)) -> dict[int, int
     return counts
 
 
+def allocator_synchronisations() -> int:
+    """How often one ``RankAllocator.step()`` asks the device for a number: to read it, or to decide by it."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    add_lora(model, rank=8)
+    allocator = RankAllocator(model)
+    with OperationCounter() as counter:
+        allocator.step()
+    return sum(counter.counts[name] for name in _SYNCHRONISING)
+
+
 def compiled_graphs(rank_changes: int = 50) -> tuple[int, float]:
     """Run a compiled model forward and backward, in training and evaluation, at ranks that change every time.
 
@@ -151,6 +164,7 @@ def main() -> None:
     print("\nOperations of one allocator step:\n")
     counts = allocator_counts((6, 12, 24, 48, 96))
     print(table(["layers", "operations"], [[str(layers), str(count)] for layers, count in counts.items()]))
+    print(f"\nSynchronisations of one allocator step: {allocator_synchronisations()}")
     graphs, difference = compiled_graphs()
     print(f"\nCompiled graphs for training and evaluation over 50 changes of the ranks: {graphs}")
     print(f"Largest relative difference between compiled and eager outputs and gradients: {difference:.1e}")

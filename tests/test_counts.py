@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from lalora_lightning import RankAllocator, add_lora
-from recipes.bench_ops import OperationCounter, allocator_counts, compiled_graphs, step_counts
+from recipes.bench_ops import (
+    OperationCounter,
+    allocator_counts,
+    allocator_synchronisations,
+    compiled_graphs,
+    step_counts,
+)
 from tests.conftest import TinyTransformer
 
 
@@ -28,6 +34,20 @@ def test_allocator_operations_do_not_grow_with_the_number_of_layers():
     counts = allocator_counts((6, 12, 24, 48, 96))
     assert len(set(counts.values())) == 1
     assert counts[6] <= 70
+
+
+def test_the_count_of_synchronisations(monkeypatch: pytest.MonkeyPatch):
+    assert allocator_synchronisations() == 0
+    step = RankAllocator.step
+
+    def asking(allocator: RankAllocator) -> None:
+        step(allocator)
+        if allocator.budget > 1:
+            allocator.ranks.sum().item()
+
+    # One for `if` and one for `item`.
+    monkeypatch.setattr(RankAllocator, "step", asking)
+    assert allocator_synchronisations() == 2
 
 
 @pytest.mark.parametrize("settings", [{}, {"contribution": "fisher"}, {"growth": "stored", "fidelity": False}])
