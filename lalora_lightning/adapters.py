@@ -5,12 +5,15 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lalora_lightning.layers import TruncatedLoRALinear, is_linear, linear_weight
+from lalora_lightning.attention import IN_PROJ, in_proj_of, restore_in_proj, set_in_proj
+from lalora_lightning.base_linear import entries, is_linear, linear_shape
+from lalora_lightning.initialization import Init
+from lalora_lightning.layers import TruncatedLoRALinear
 
 GroupBy = Literal["block", "parent", "module"] | Callable[[str], str]
 
@@ -24,7 +27,7 @@ QUERY_VALUE_NAMES = (
     ("query_proj", "value_proj"),
     ("q_lin", "v_lin"),
 )
-# Query, key and value in one weight, in this order: timm's ViTs; ModernBERT; GPT-2.
+# Query, key and value in one weight, in this order: timm's ViTs; ModernBERT; GPT-2. nn.MultiheadAttention has it, too.
 FUSED_NAMES = ("qkv", "Wqkv", "c_attn")
 # Output layers that come pretrained with a language model, so that they are no task head.
 LANGUAGE_MODEL_HEADS = ("lm_head", "embed_out", "output_projection")
@@ -78,6 +81,12 @@ def add_lora(
     modules_to_save: Sequence[str] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    *,
+    rank_pattern: Mapping[str, int] | None = None,
+    init: Init = "kaiming",
+    use_rslora: bool = False,
+    freeze_A: bool = False,
+    random_rank: bool = False,
 ) -> AdapterSummary:
     """Put a :class:`TruncatedLoRALinear` around every target, freeze the rest, keep the head trainable; in place.
 
@@ -89,38 +98,60 @@ def add_lora(
         target_modules: Names of linear modules (``"query"`` matches every module of that name, ``"layer.3.query"`` a
             longer part of the name) or a regular expression that matches whole names. A named projection is adapted
             whole. By default query and value are found by the names the model families use, and of fused projections
-            (``qkv``, ``Wqkv``, ``c_attn``) only the query and value slices are adapted.
+            (``qkv``, ``Wqkv``, ``c_attn``; ``in_proj``, as which ``nn.MultiheadAttention`` shows its own) only the
+            query and value slices are adapted.
         modules_to_save: Names of the modules that are trained in full. By default the task head: the modules that
             stand beside the adapted backbone and hold a linear layer, as far as they are not frozen already. An empty
             list trains adapters only.
         device: Device of the adapters; by default that of the weight they adapt.
         dtype: Type of the adapters' parameters, also over a base of lower precision.
+        rank_pattern: Maximum ranks of their own for some projections, from 1 to ``rank``, by a part of their names,
+            such as ``{"layer.3": 2, "query": 4}``; the first that matches counts. The scaling stays that of ``rank``.
+            Such ranks are fixed: a rank allocator takes one maximum rank for all.
+        init: How the adapters start: "kaiming" or "orthogonal" (A random, B zero), "pissa" (largest singular values),
+            "milora" (smallest), "olora" (QR). The adapted model equals the base model at first in every case.
+        use_rslora: Scale by ``alpha / sqrt(rank)``.
+        freeze_A: Train ``lora_B`` only (LoRA-FA).
+        random_rank: While training, draw a rank up to the one in force at every forward pass (DyLoRA).
 
     Returns:
         A summary: ``print(add_lora(model))``.
 
     Raises:
         ValueError: The model is adapted already; nothing was found for ``target_modules`` or ``modules_to_save``; a
-            target shares its weight with another module; rank, alpha or dropout is out of range. The model is
-            unchanged then.
+            target shares its weight with another module; rank, alpha, dropout, a rank of the pattern or init is out of
+            range; dropout or random_rank would do nothing in an ``nn.MultiheadAttention``. The model is unchanged then.
         TypeError: A target is not a linear module.
     """
     if lora_layers(model):
         raise ValueError("Expected a model without LoRA layers but it has some already; add_lora adapts a model once.")
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     targets = _find_targets(modules, target_modules)
     _refuse_tied_weights(model, targets)
+    if dropout or random_rank:
+        _refuse_attention(modules, targets)
+    ranks = _match_ranks(rank_pattern or {}, targets)
     if modules_to_save is None:
         head = _find_head(modules, targets)
     else:
         head = _match("modules_to_save", modules, modules_to_save)
     trained = [p for name in head for p in modules[name].parameters() if p.requires_grad or modules_to_save is not None]
     adapted = {}
+    variant: dict[str, Any] = {
+        "init": init,
+        "use_rslora": use_rslora,
+        "freeze_A": freeze_A,
+        "random_rank": random_rank,
+    }
     for name, out_slices in targets.items():
         try:
-            adapted[name] = TruncatedLoRALinear(modules[name], rank, alpha, dropout, out_slices, device, dtype)
+            layer = TruncatedLoRALinear(modules[name], rank, alpha, dropout, out_slices, device, dtype, **variant)
+            if name in ranks:
+                layer.set_rank(ranks[name])
+                layer.trim()
         except ValueError as error:
             raise ValueError(f"Cannot adapt {name}. {error}") from error
+        adapted[name] = layer
 
     insert_layers(model, adapted, trained)
     return summarize(model)
@@ -133,7 +164,33 @@ def insert_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear], t
     for parameter in trained:
         parameter.requires_grad_(True)
     for name, layer in layers.items():
-        model.set_submodule(name, layer)
+        parent, _, child = name.rpartition(".")
+        if child == IN_PROJ and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+            set_in_proj(model.get_submodule(parent), layer)
+        else:
+            model.set_submodule(name, layer)
+
+
+def remove_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear]) -> None:
+    """Put the base layers back in place of layers, whatever these have learnt."""
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        if child == IN_PROJ and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+            assert isinstance(layer.base_layer, nn.Linear)
+            restore_in_proj(model.get_submodule(parent), layer.base_layer)
+        else:
+            model.set_submodule(name, layer.base_layer)
+
+
+def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """``model.named_modules()``, and the projections of torch's attentions as if they were modules."""
+    modules: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        modules[name] = module
+        in_proj = in_proj_of(module)
+        if in_proj is not None:
+            modules[f"{name}.{IN_PROJ}".lstrip(".")] = in_proj
+    return modules
 
 
 def merge_lora(model: nn.Module, remove: bool = False) -> None:
@@ -147,6 +204,7 @@ def merge_lora(model: nn.Module, remove: bool = False) -> None:
     Raises:
         ValueError: The model has no LoRA layers, or a merged weight would not be finite.
         RuntimeError: A layer is merged already.
+        TypeError: A base weight is quantised.
     """
     layers = require_lora_layers(model)
     if remove and "" in layers:
@@ -163,8 +221,7 @@ def merge_lora(model: nn.Module, remove: bool = False) -> None:
             layer.unmerge()
         raise
     if remove:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer.base_layer)
+        remove_layers(model, layers)
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -190,14 +247,14 @@ def summarize(model: nn.Module, group_by: GroupBy = "block") -> AdapterSummary:
         projections=sum(len(layer.out_slices) for layer in layers.values()),
         adapter_parameters=sum(p.numel() for p in adapters.values()),
         head_parameters=sum(p.numel() for _, p in head),
-        total_parameters=sum(p.numel() for _, p in named),
+        total_parameters=sum(entries(p) for _, p in named),
         head=tuple(dict.fromkeys(name.rpartition(".")[0] for name, _ in head)),
     )
 
 
 def find_head(model: nn.Module, targets: Iterable[str]) -> set[str]:
     """Names of the parameters of the task head, which stands beside the modules named; none where there is no head."""
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     try:
         head = _find_head(modules, targets)
     except ValueError:
@@ -295,8 +352,8 @@ def _query_and_value(modules: dict[str, nn.Module]) -> dict[str, list[tuple[int,
     targets: dict[str, list[tuple[int, int]] | None] = {}
     for name in filter(linear.__contains__, modules):
         prefix, dot, child = name.rpartition(".")
-        if child in FUSED_NAMES:
-            out_features, in_features = linear_weight(modules[name]).shape
+        if child in FUSED_NAMES or (child == IN_PROJ and isinstance(modules[prefix], nn.MultiheadAttention)):
+            out_features, in_features = linear_shape(modules[name])
             # Other proportions hold something else: GPT-2's cross-attention fuses key and value only.
             if out_features == 3 * in_features:
                 targets[name] = [(0, in_features), (2 * in_features, 3 * in_features)]
@@ -362,10 +419,38 @@ def _linear_layers_seen(modules: dict[str, nn.Module]) -> str:
 def _refuse_tied_weights(model: nn.Module, targets: Iterable[str]) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(_parent(name))
+        parent, _, key = name.rpartition(".")
+        owner = f"{parent}.{IN_PROJ}".lstrip(".") if key.startswith("in_proj_") else parent
+        owners.setdefault(id(parameter), []).append(owner)
     for names in owners.values():
         if len(names) > 1 and not set(names).isdisjoint(targets):
             raise ValueError(
                 f"Expected the weights of targets to be their own but {' and '.join(names)} share one; "
                 "leave them out of target_modules or untie them."
             )
+
+
+def _refuse_attention(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> None:
+    for name in targets:
+        if isinstance(modules.get(_parent(name)), nn.MultiheadAttention):
+            raise ValueError(
+                f"Expected dropout=0 and random_rank=False for {name} but got others: nn.MultiheadAttention reads the "
+                "weights of its projections and never calls them."
+            )
+
+
+def _match_ranks(rank_pattern: Mapping[str, int], targets: Iterable[str]) -> dict[str, int]:
+    """Target to its own maximum rank, where the pattern has one."""
+    ranks = {}
+    unmatched = set(rank_pattern)
+    for name in targets:
+        matching = [part for part in rank_pattern if f".{part}." in f".{name}."]
+        unmatched -= set(matching)
+        if matching:
+            ranks[name] = rank_pattern[matching[0]]
+    if unmatched:
+        raise ValueError(
+            "Expected rank_pattern to name parts of the adapted projections' names but "
+            f"{', '.join(sorted(unmatched))} is in none of {', '.join(targets)}."
+        )
+    return ranks

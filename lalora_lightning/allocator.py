@@ -90,7 +90,8 @@ class RankAllocator:
         if len(max_ranks) > 1:
             raise ValueError(
                 f"Expected all layers to have one maximum rank but got {sorted(max_ranks)}; "
-                "ranks of a trimmed model are final."
+                "ranks of a trimmed model, or of a rank_pattern, are final: train it without an allocator, with the "
+                "callback by fixed_ranks=True."
             )
         self.max_rank = max_ranks.pop()
         for name, layer in layers.items():

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from lalora_lightning.adapters import GroupBy, add_lora, lora_layers, summarize
 from lalora_lightning.allocator import Contribution, ContributionScale, Growth, RankAllocator, check_settings
-from lalora_lightning.layers import is_linear
+from lalora_lightning.base_linear import is_linear
+from lalora_lightning.initialization import Init
 from lalora_lightning.trainer_checkpoint import attach_checkpoint_hooks, random_state, set_random_state
 
 # Readings kept for the picture; beyond that every second one is dropped, so that a long run's memory stays flat.
@@ -58,7 +59,10 @@ class LaLoraCallback(pl.Callback):
         interval: Optimizer steps between decisions.
         freeze_after: Optimizer steps (an integer) or a fraction of the run (a float in [0, 1]) after which the ranks
             stay as they are.
-        save_adapter_only: Keep the frozen backbone out of the Trainer's checkpoints.
+        save_adapter_only: Keep the frozen backbone out of the Trainer's checkpoints; one with 4-bit layers always is.
+        init, use_rslora, freeze_A, random_rank: Variants of the layers, see :func:`add_lora`.
+        fixed_ranks: True trains every layer at the maximum rank (LoRA), a pattern such as ``{"layer.3": 2}`` at ranks
+            of its own, see ``rank_pattern`` of :func:`add_lora`; nothing is allocated then.
 
     Attributes:
         allocator: The :class:`RankAllocator`, from the start of fit on.
@@ -87,6 +91,11 @@ class LaLoraCallback(pl.Callback):
         interval: int = 1,
         freeze_after: int | float | None = None,
         save_adapter_only: bool = False,
+        init: Init = "kaiming",
+        use_rslora: bool = False,
+        freeze_A: bool = False,
+        random_rank: bool = False,
+        fixed_ranks: bool | Mapping[str, int] = False,
     ) -> None:
         check_settings(gamma, contribution, contribution_scale, temperature, growth, interval, freeze_after)
         if isinstance(freeze_after, float) and freeze_after > 1:
@@ -111,6 +120,11 @@ class LaLoraCallback(pl.Callback):
         self.interval = interval
         self.freeze_after = freeze_after
         self.save_adapter_only = save_adapter_only
+        self.init = init
+        self.use_rslora = use_rslora
+        self.freeze_A = freeze_A
+        self.random_rank = random_rank
+        self.fixed_ranks = fixed_ranks
 
         self.allocator: RankAllocator | None = None
         self.history: list[tuple[int, list[int], float]] = []
@@ -133,7 +147,19 @@ class LaLoraCallback(pl.Callback):
         # A module without linear layers builds its model later, and adapts it itself.
         if not lora_layers(pl_module) and any(map(is_linear, pl_module.modules())):
             self._refuse_to_adapt_a_copy(trainer)
-            add_lora(pl_module, self.rank, self.alpha, self.dropout, self.target_modules, self.modules_to_save)
+            add_lora(
+                pl_module,
+                self.rank,
+                self.alpha,
+                self.dropout,
+                self.target_modules,
+                self.modules_to_save,
+                rank_pattern=self.fixed_ranks if isinstance(self.fixed_ranks, Mapping) else None,
+                init=self.init,
+                use_rslora=self.use_rslora,
+                freeze_A=self.freeze_A,
+                random_rank=self.random_rank,
+            )
             rank_zero_info(f"La-LoRA: {summarize(pl_module, self.group_by)}")
         attach_checkpoint_hooks(pl_module)
         self._prepare_sharded_loading(trainer, pl_module)
@@ -152,6 +178,8 @@ class LaLoraCallback(pl.Callback):
                 "builds its model in setup() or configure_model() has to call add_lora(self) at the end of it."
             )
         self._require_optimized(trainer, pl_module)
+        if self.fixed_ranks is not False:
+            return
         if self.allocator is None:
             self.allocator = self._build_allocator(trainer, pl_module)
         if self._restored is not None:
@@ -166,9 +194,10 @@ class LaLoraCallback(pl.Callback):
         self._random = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.allocator is None:
+            return
         if self._last_step is not None and self._last_step < trainer.global_step:
             # The checkpoint was saved after an optimizer step and before this callback's turn.
-            assert self.allocator is not None
             self.allocator.step()
         # Another Trainer counts its steps from zero again.
         self._last_step = trainer.global_step
@@ -177,17 +206,16 @@ class LaLoraCallback(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        assert self.allocator is not None
-        self.allocator.observe_gradients()
+        if self.allocator is not None:
+            self.allocator.observe_gradients()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # This hook fires after every batch: also while gradients accumulate and when training_step returned None.
-        if trainer.global_step == self._last_step:
+        if self.allocator is None or trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
-        assert self.allocator is not None
         self.allocator.step()
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:
@@ -196,6 +224,8 @@ class LaLoraCallback(pl.Callback):
             pl_module.log("rank/total", torch.tensor(float(total)), prog_bar=True, logger=False, on_step=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.allocator is None:
+            return
         if self.history[-1][0] != trainer.global_step:
             self._report(trainer)
         if not trainer.is_global_zero or find_spec("matplotlib") is None:

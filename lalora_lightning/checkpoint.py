@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lalora_lightning.adapters import find_head, insert_layers, lora_layers, require_lora_layers
+from lalora_lightning.adapters import (
+    find_head,
+    insert_layers,
+    lora_layers,
+    named_modules,
+    remove_layers,
+    require_lora_layers,
+)
+from lalora_lightning.base_linear import is_quantized
 from lalora_lightning.layers import TruncatedLoRALinear
 
 _CANNOT_LOAD = "Cannot load the adapter state"
@@ -105,7 +113,7 @@ def check_file(path: str | PathLike[str]) -> None:
 
 def without_frozen(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """A state of the model without its frozen parameters; adapters stay in, also where they are frozen."""
-    frozen = frozen_names(model)
+    frozen = frozen_names(model) | _quantization_keys(model, state)
     return {key: value for key, value in state.items() if key not in frozen}
 
 
@@ -113,6 +121,13 @@ def frozen_names(model: nn.Module) -> set[str]:
     """Names of the frozen parameters, without adapters."""
     factors = {f"{name}.{factor}".lstrip(".") for name in lora_layers(model) for factor in ("lora_A", "lora_B")}
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} - factors
+
+
+def _quantization_keys(model: nn.Module, state: Mapping[str, Any]) -> set[str]:
+    """What a state holds of quantised layers beside their parameters: scales and code books of the frozen weights."""
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if is_quantized(module))
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {key for key in state if prefixes and key.startswith(prefixes) and key not in parameters}
 
 
 def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
@@ -145,8 +160,7 @@ def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
     try:
         check_state(model, state)
     except ValueError:
-        for name, layer in layers.items():
-            model.set_submodule(name, layer.base_layer)
+        remove_layers(model, layers)
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
@@ -155,7 +169,7 @@ def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
 def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, TruncatedLoRALinear]:
     """New layers over the model's own, by name, as a state describes them."""
     layers, problems = {}, []
-    modules = dict(model.named_modules())
+    modules = named_modules(model)
     for name in [key.removesuffix(".lora_B") for key in state if str(key).endswith(".lora_B")]:
         factor, extra = state[f"{name}.lora_B"], state.get(f"{name}._extra_state")
         try:
@@ -168,6 +182,8 @@ def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, T
             layers[name] = TruncatedLoRALinear.with_scaling(
                 modules[name], factor.shape[-1], scaling, slices, factor.dtype
             )
+            if f"{name}.start_B" in state:
+                layers[name].keep_start()
         except (ValueError, TypeError, OverflowError, RuntimeError, IndexError) as error:
             problems.append(f"cannot adapt {name}: {str(error).rstrip('.')}")
     if problems:

@@ -3,30 +3,15 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes ``x @ W.T + b`` and nothing else: ``nn.Linear`` or transformers' ``Conv1D``."""
-    return type(module).forward is nn.Linear.forward or is_conv1d(module)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' ``Conv1D`` (GPT-2), a linear layer that stores its weight as ``(d, m)``."""
-    # By name: loading transformers only to ask this question would cost every user seconds.
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear module as ``(m, d)``; for ``Conv1D`` a transposed view."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if is_conv1d(module) else weight
+from lalora_lightning.base_linear import is_linear, is_quantized, linear_parameter, linear_shape, linear_weight
+from lalora_lightning.initialization import FACTORIZATIONS, Init
 
 
 class TruncatedLoRALinear(nn.Module):
@@ -38,29 +23,38 @@ class TruncatedLoRALinear(nn.Module):
     nothing and synchronises nothing. The components beyond ``r'`` keep their values and get zero gradients. A state
     dict holds the rank in force and, as extra state, the scaling and the slices: it describes itself.
 
-    ``lora_B`` starts at zero: a fresh layer computes exactly what its base layer computes. The base layer's weight is
-    used and its ``forward`` is not called, so that forward hooks on it do not fire.
+    ``lora_B`` starts at zero: a fresh layer computes exactly what its base layer computes. With an ``init`` where
+    ``B A`` is not zero, the start is kept and taken off again, ``B A - B_start A_start``, component by component, so
+    that this holds at every rank, up to rounding, and the base weight stays what it is. The base layer's weight is used
+    and its ``forward`` is not called, so that forward hooks on it do not fire, unless it is quantised.
 
     A fused projection can be adapted in slices of its output features only (``out_slices``): ``lora_A`` and
     ``lora_B`` then hold one adapter of rank ``r`` per slice, stacked along their rows.
 
     Args:
-        base_layer: The frozen ``nn.Linear`` or transformers ``Conv1D`` with weight ``W_0`` (m x d).
+        base_layer: The frozen ``nn.Linear``, transformers ``Conv1D``, or bitsandbytes ``Linear4bit`` or
+            ``Linear8bitLt``, with weight ``W_0`` (m x d).
         rank: The maximum rank ``r``, from 1 to min(m, d).
         alpha: The adapter is scaled by ``alpha / rank``, whatever the rank in force.
         dropout: Probability of dropping an entry of the adapter's input while training.
+        init: How ``lora_A`` and ``lora_B`` start, see :mod:`lalora_lightning.initialization`.
+        use_rslora: Scale by ``alpha / sqrt(rank)`` (rank-stabilised: Kalajdzievski, 2023).
+        freeze_A: Train ``lora_B`` only (LoRA-FA: Zhang et al., 2023); the layer's input is not kept for the backward.
+        random_rank: While training, draw a rank from 1 to the one in force at each forward pass, so that the adapter
+            works at each of them (DyLoRA: Valipour et al., 2023).
         out_slices: ``(start, stop)`` ranges of output features to adapt; by default all of them as one.
         device: Device of the adapter; by default the base weight's.
         dtype: Type of the adapter's parameters. They are cast to the input's type for computing.
 
     Attributes:
-        lora_A: ``(r, d)``, Kaiming uniform; ``(S r, d)`` for S slices.
-        lora_B: ``(m, r)``, zeros; ``(sum of the slices' widths, r)`` for slices.
+        lora_A: ``(r, d)``; ``(S r, d)`` for S slices.
+        lora_B: ``(m, r)``; ``(sum of the slices' widths, r)`` for slices.
+        start_A, start_B: What they started from, persistent buffers; None where ``B A`` started at zero.
         rank: Integer scalar, the rank in force ``r'``; a persistent buffer. Starts at ``r``.
 
     Raises:
         TypeError: The base layer is not linear.
-        ValueError: rank, alpha, dropout or a slice is out of range.
+        ValueError: rank, alpha, dropout or a slice is out of range, or there is no such init.
 
     >>> layer = TruncatedLoRALinear(nn.Linear(6, 4), rank=2, alpha=4.0)
     >>> layer.set_rank(1)
@@ -73,6 +67,8 @@ class TruncatedLoRALinear(nn.Module):
 
     rank: Tensor
     rank_mask: Tensor
+    start_A: Tensor | None
+    start_B: Tensor | None
 
     def __init__(
         self,
@@ -83,31 +79,43 @@ class TruncatedLoRALinear(nn.Module):
         out_slices: Sequence[tuple[int, int]] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        *,
+        init: Init = "kaiming",
+        use_rslora: bool = False,
+        freeze_A: bool = False,
+        random_rank: bool = False,
     ) -> None:
         super().__init__()
         if not is_linear(base_layer):
             raise TypeError(
-                f"Expected the base layer to be nn.Linear or transformers' Conv1D but got {type(base_layer).__name__}."
+                "Expected the base layer to be nn.Linear, transformers' Conv1D or a quantised layer of bitsandbytes "
+                f"but got {type(base_layer).__name__}."
             )
+        if init not in get_args(Init):
+            raise ValueError(f"Expected init to be one of {get_args(Init)} but got {init!r}.")
         self.base_layer = base_layer
-        self.out_features, self.in_features = self.base_weight.shape
+        self.out_features, self.in_features = linear_shape(base_layer)
         self.out_slices = tuple(out_slices or [(0, self.out_features)])
         _check_settings(self, rank, alpha, dropout)
         self.max_rank = rank
-        self.scaling = alpha / rank
+        self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
         self.dropout = dropout
+        self.init = init
+        self.random_rank = random_rank
         self.merged = False
         self._unmerged_weight: Tensor | None = None
 
-        device = self.base_weight.device if device is None else device
+        device = linear_parameter(base_layer).device if device is None else device
         adapted = sum(stop - start for start, stop in self.out_slices)
         self.lora_A = nn.Parameter(
-            torch.empty(len(self.out_slices) * rank, self.in_features, device=device, dtype=dtype)
+            torch.empty(len(self.out_slices) * rank, self.in_features, device=device, dtype=dtype), not freeze_A
         )
         self.lora_B = nn.Parameter(torch.empty(adapted, rank, device=device, dtype=dtype))
         self.register_buffer("rank", torch.empty((), dtype=torch.long, device=device))
         # Derived from `rank`, which the state dict holds. Boolean, so that no cast of the model touches it.
         self.register_buffer("rank_mask", torch.empty(rank, dtype=torch.bool, device=device), persistent=False)
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
         self.reset_parameters()
         self.register_state_dict_pre_hook(_refuse_merged)
         self.register_load_state_dict_pre_hook(_refuse_loading_merged)
@@ -122,23 +130,43 @@ class TruncatedLoRALinear(nn.Module):
         out_slices: Sequence[tuple[int, int]] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "TruncatedLoRALinear":
-        """A layer of exactly this scaling, which ``alpha / rank`` may round."""
+        """A layer of exactly this scaling, which ``alpha / rank`` may round, to load factors into."""
         layer = cls(base_layer, rank, scaling * rank, out_slices=out_slices, dtype=dtype)
         layer.scaling = scaling
         return layer
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start anew: ``lora_A`` Kaiming uniform (each row's norm is about 1/sqrt(3)), ``lora_B`` zero, full rank.
+        """Start anew, as ``init`` says, at full rank.
 
         Also what a layer that was built on the meta device needs after ``to_empty``.
         """
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        factors = self.split(self.lora_A, self.lora_B)
+        if self.init in FACTORIZATIONS:
+            weight = self.base_weight
+            for (A, B), (start, stop) in zip(factors, self.out_slices, strict=True):
+                start_A, start_B = FACTORIZATIONS[self.init](weight[start:stop], self.max_rank, self.scaling)
+                A.copy_(start_A)
+                B.copy_(start_B)
+            self.keep_start()
+        else:
+            for A, _ in factors:
+                if self.init == "orthogonal":
+                    nn.init.orthogonal_(A)
+                else:
+                    # Each row's norm is about 1/sqrt(3).
+                    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
         self.set_rank(self.max_rank)
+
+    @torch.no_grad()
+    def keep_start(self) -> None:
+        """Take ``lora_A`` and ``lora_B`` as they are for the start that is taken off again."""
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
     @property
     def base_weight(self) -> Tensor:
-        """The base weight ``W_0`` as ``(m, d)``."""
+        """The base weight ``W_0`` as ``(m, d)``; of a quantised layer a copy."""
         return linear_weight(self.base_layer)
 
     @property
@@ -174,15 +202,47 @@ class TruncatedLoRALinear(nn.Module):
         if len(self.out_slices) == 1:
             return [(A, B)]
         widths = [stop - start for start, stop in self.out_slices]
-        return list(zip(A.split(self.max_rank), B.split(widths), strict=True))
+        return list(zip(A.chunk(len(widths)), B.split(widths), strict=True))
 
     def increment(self) -> Tensor:
         """The weight increment ``P = scaling * B_r' A_r'`` (m x d) at the rank in force, in float32 or wider."""
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         increment = torch.zeros(self.out_features, self.in_features, device=self.lora_A.device, dtype=dtype)
-        for (start, stop), (A, B) in zip(self.out_slices, self.split(self.lora_A, self.lora_B), strict=True):
-            increment[start:stop] = self.scaling * (B.to(dtype) * self.rank_mask) @ A.to(dtype)
+        A, B, mask = self._factors(self.rank_mask)
+        for (start, stop), (A_i, B_i) in zip(self.out_slices, self.split(A, B), strict=True):
+            increment[start:stop] = self.scaling * (B_i.to(dtype) * mask) @ A_i.to(dtype)
         return increment
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """The components in force of all slices as one plain adapter of scaling 1, without a start.
+
+        Returns:
+            A ``(R, d)`` and B ``(m, R)`` with ``P = B A``. R is the rank in force times the slices, and twice that
+            where a start is taken off.
+        """
+        A, B, mask = self._factors(self.rank_mask)
+        pairs = [(A_i[mask], self.scaling * B_i[:, mask]) for A_i, B_i in self.split(A, B)]
+        rank = len(pairs[0][0])
+        folded_B = B.new_zeros(self.out_features, len(pairs) * rank)
+        for i, ((start, stop), (_, B_i)) in enumerate(zip(self.out_slices, pairs, strict=True)):
+            folded_B[start:stop, i * rank : (i + 1) * rank] = B_i
+        return torch.cat([A_i for A_i, _ in pairs]), folded_B
+
+    def _factors(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A, B and the mask of their components as they act: where there is a start, it follows with a minus sign."""
+        if self.start_A is None or self.start_B is None:
+            return self.lora_A, self.lora_B, mask
+        pairs = zip(self.split(self.lora_A, self.lora_B), self.split(self.start_A, self.start_B), strict=True)
+        A = torch.cat([A for (own, _), (start, _) in pairs for A in (own, start)])
+        return A, torch.cat([self.lora_B, -self.start_B], dim=1), mask.repeat(2)
+
+    def _mask_in_force(self) -> Tensor:
+        if not (self.random_rank and self.training):
+            return self.rank_mask
+        # Uniform over 1 to the rank in force, drawn without asking the device for a number.
+        limit = (1 - torch.rand((), device=self.rank.device)) * self.rank
+        return torch.arange(self.max_rank, device=self.rank.device) < limit
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -203,21 +263,25 @@ class TruncatedLoRALinear(nn.Module):
         return self._forward(x, None)
 
     def _forward(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        # Rows in, rows out: the view back stands outside the function, so that the output may be changed in place.
+        rows = x.reshape(-1, self.in_features)
+        lora_rows = F.dropout(rows, self.dropout) if self.training and self.dropout > 0 else None
+        A, B, mask = self._factors(self._mask_in_force())
+        fixed = mask, self.scaling, self.out_slices
+        if is_quantized(self.base_layer):
+            # It multiplies by its weight without a full copy of it, and has its own backward pass.
+            out = self.base_layer(rows)
+            return _add_lora(out, rows if lora_rows is None else lora_rows, A, B, *fixed).view(*x.shape[:-1], -1)
         weight, bias = self.base_weight, self.bias
         if dtype is not None:
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if self.merged:
-            return F.linear(x, weight, bias)
-        # Rows in, rows out: the view back stands outside the function, so that the output may be changed in place.
-        rows = x.reshape(-1, self.in_features)
-        lora_rows = F.dropout(rows, self.dropout) if self.training and self.dropout > 0 else None
-        fixed = self.rank_mask, self.scaling, self.out_slices
-        if torch.is_grad_enabled():
-            out = _TruncatedLoRA.apply(rows, lora_rows, weight, bias, self.lora_A, self.lora_B, *fixed)
+            out = F.linear(rows, weight, bias)
+        elif torch.is_grad_enabled():
+            out = _TruncatedLoRA.apply(rows, lora_rows, weight, bias, A, B, *fixed)
         else:
             # Nothing is kept for a backward pass: a node of the graph would only take time.
-            A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-            out, _ = _truncated_lora(rows, lora_rows, weight, bias, A, B, *fixed)
+            out, _ = _truncated_lora(rows, lora_rows, weight, bias, A.to(x.dtype), B.to(x.dtype), *fixed)
         return out.view(*x.shape[:-1], self.out_features)
 
     def get_extra_state(self) -> Tensor:
@@ -259,10 +323,17 @@ class TruncatedLoRALinear(nn.Module):
 
         Raises:
             RuntimeError: The layer is merged already.
+            TypeError: The base weight is quantised.
             ValueError: The merged weight would not be finite; nothing has changed then.
         """
         if self.merged:
             raise RuntimeError("Expected an unmerged layer but it is merged already; call unmerge() first.")
+        if is_quantized(self.base_layer):
+            raise TypeError(
+                f"Expected a weight in floating point but got a quantised one ({type(self.base_layer).__name__}), in "
+                "which rounding would swallow the adapter. Take lora_state_dict(model), load the model without "
+                "quantisation, load_lora_state_dict(model, state) and merge there."
+            )
         merged = self.weight
         if not torch.isfinite(merged).all():
             raise ValueError(f"Expected the merged weight to be finite in {merged.dtype} but it has NaN or Inf.")
@@ -293,6 +364,9 @@ class TruncatedLoRALinear(nn.Module):
         factors = self.split(self.lora_A, self.lora_B)
         self.lora_A = nn.Parameter(torch.cat([A[:rank] for A, _ in factors]), self.lora_A.requires_grad)
         self.lora_B = nn.Parameter(torch.cat([B[:, :rank] for _, B in factors]), self.lora_B.requires_grad)
+        if self.start_A is not None and self.start_B is not None:
+            starts = self.split(self.start_A, self.start_B)
+            self.start_A, self.start_B = torch.cat([A[:rank] for A, _ in starts]), self.start_B[:, :rank].clone()
         self.max_rank = rank
         self.rank_mask = self.rank_mask[:rank].clone()
 
@@ -325,6 +399,23 @@ def _truncated_lora(
     for (out_i, B_i), hidden_i in zip(_by_slice(out, B, out_slices), _chunks(hidden, out_slices), strict=True):
         out_i.addmm_(hidden_i, B_i.T, alpha=scaling)
     return out, hidden
+
+
+def _add_lora(
+    out: Tensor,
+    lora_x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    rank_mask: Tensor,
+    scaling: float,
+    out_slices: tuple[tuple[int, int], ...],
+) -> Tensor:
+    """``out + scaling * mask(lora_x A^T) B^T`` for rows, in plain autograd."""
+    hidden = (lora_x @ A.T.to(lora_x.dtype)) * rank_mask.repeat(len(out_slices))
+    slices = zip(out_slices, _chunks(hidden, out_slices), _rows(B.to(lora_x.dtype), out_slices), strict=True)
+    for (start, stop), hidden_i, B_i in slices:
+        out = out + F.pad(scaling * hidden_i @ B_i.T, (start, out.shape[1] - stop))
+    return out
 
 
 class _TruncatedLoRA(torch.autograd.Function):
@@ -410,8 +501,12 @@ def _by_slice(out: Tensor, B: Tensor, out_slices: tuple[tuple[int, int], ...]) -
     """Views of the output's columns (N, m_s) and of B's rows (m_s, r), slice by slice."""
     if out_slices == ((0, out.shape[1]),):
         return [(out, B)]
-    widths = [stop - start for start, stop in out_slices]
-    return [(out[:, start:stop], B_i) for (start, stop), B_i in zip(out_slices, B.split(widths), strict=True)]
+    return [(out[:, start:stop], B_i) for (start, stop), B_i in zip(out_slices, _rows(B, out_slices), strict=True)]
+
+
+def _rows(B: Tensor, out_slices: tuple[tuple[int, int], ...]) -> Sequence[Tensor]:
+    """Views of B's rows (m_s, r), slice by slice."""
+    return [B] if len(out_slices) == 1 else B.split([stop - start for start, stop in out_slices])
 
 
 def _chunks(hidden: Tensor, out_slices: tuple[tuple[int, int], ...]) -> Sequence[Tensor]:

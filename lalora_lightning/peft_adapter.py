@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lalora_lightning.adapters import insert_layers, lora_layers, require_lora_layers, summarize
-from lalora_lightning.layers import TruncatedLoRALinear, is_conv1d, is_linear, linear_weight
+from lalora_lightning.base_linear import is_conv1d, is_linear, linear_shape
+from lalora_lightning.layers import TruncatedLoRALinear
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # PEFT wraps a model twice.
@@ -45,6 +46,12 @@ def save_peft_adapter(
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"Expected unmerged adapters but {merged[0]} is merged; call unmerge_lora(model) first.")
+    for name in layers:
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise ValueError(
+                f"Expected projections that PEFT can adapt one by one but {name} is part of an nn.MultiheadAttention, "
+                "of which PEFT adapts all or nothing; use lora_state_dict(model), or merge_lora(model, remove=True)."
+            )
     head = summarize(model).head
     if "" in head:
         raise ValueError("Expected trained parameters to lie in modules but the model has some of its own.")
@@ -52,7 +59,7 @@ def save_peft_adapter(
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"Expected {folder} to be new or empty; give overwrite=True to replace an adapter in it.")
 
-    factors = {name: _folded(layer) for name, layer in layers.items()}
+    factors = {name: layer.folded() for name, layer in layers.items()}
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
     highest = max(ranks.values())
     if uniform:
@@ -132,17 +139,6 @@ def load_peft_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     model.load_state_dict(saved, strict=False)
 
 
-@torch.no_grad()
-def _folded(layer: TruncatedLoRALinear) -> tuple[Tensor, Tensor]:
-    """``(S r', d)`` and ``(m, S r')``: the components in force, with the scaling in B, of all S slices as one."""
-    rank = int(layer.rank)
-    pairs = layer.split(layer.lora_A, layer.lora_B)
-    B = layer.lora_B.new_zeros(layer.out_features, len(pairs) * rank)
-    for i, ((start, stop), (_, B_i)) in enumerate(zip(layer.out_slices, pairs, strict=True)):
-        B[start:stop, i * rank : (i + 1) * rank] = layer.scaling * B_i[:, :rank]
-    return torch.cat([A_i[:rank] for A_i, _ in pairs]), B
-
-
 def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     missing = rank - A.shape[0]
     return nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
@@ -164,7 +160,7 @@ def _scaling(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]) -
 @torch.no_grad()
 def _layer(module: nn.Module, pair: Mapping[str, Tensor], scaling: float, highest: int) -> TruncatedLoRALinear:
     A, B = pair["A"], pair["B"]
-    m, d = linear_weight(module).shape
+    m, d = linear_shape(module)
     rank = len(A)
     if A.shape != (rank, d) or B.shape != (m, rank):
         raise ValueError(

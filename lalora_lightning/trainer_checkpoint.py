@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from lalora_lightning.base_linear import is_4bit
 from lalora_lightning.checkpoint import check_file, check_state, frozen_names, without_frozen
 
 Hook = Callable[[dict[str, Any]], None]
@@ -45,7 +46,8 @@ def set_random_state(state: dict[str, Tensor]) -> None:
 def _on_save(pl_module: pl.LightningModule, own_hook: Hook, checkpoint: dict[str, Any]) -> None:
     own_hook(checkpoint)
     callbacks = pl_module._trainer.callbacks if pl_module._trainer is not None else []  # type: ignore[attr-defined]
-    if any(getattr(callback, "save_adapter_only", False) for callback in callbacks):
+    # What bitsandbytes writes of 4-bit layers cannot be loaded into a module that has some.
+    if any(getattr(c, "save_adapter_only", False) for c in callbacks) or any(map(is_4bit, pl_module.modules())):
         checkpoint["state_dict"] = without_frozen(pl_module, checkpoint["state_dict"])
 
 

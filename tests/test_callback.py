@@ -583,3 +583,32 @@ def test_a_module_without_targets_is_refused_before_training(tmp_path: Path):
 
     with pytest.raises(ValueError, match=r"Linear layers seen: model\.1\."):
         new_trainer(tmp_path, LaLoraCallback()).fit(Plain(), loader())
+
+
+@pytest.mark.parametrize(
+    ("fixed_ranks", "ranks"), [(True, [4, 4, 4]), ({"blocks.0": 1, "blocks.2": 3}, [1, 4, 3])], ids=["LoRA", "pattern"]
+)
+def test_fixed_ranks_train_and_are_never_touched(fixed_ranks, ranks, tmp_path):
+    task, callback = Task(), LaLoraCallback(rank=4, fixed_ranks=fixed_ranks, save_adapter_only=True)
+    trainer = new_trainer(tmp_path, callback, logger=CSVLogger(tmp_path))
+    trainer.fit(task, loader())
+    assert callback.allocator is None
+    assert [int(task.model.blocks[i].query.rank) for i in range(3)] == ranks
+    assert [task.model.blocks[i].query.max_rank for i in range(3)] == ranks
+    assert all(layer.lora_B.any() for layer in lora_layers(task).values())
+    trainer.save_checkpoint(tmp_path / "whole.ckpt")
+
+    resumed = Task()
+    again = LaLoraCallback(rank=4, fixed_ranks=fixed_ranks)
+    new_trainer(tmp_path / "resumed", again, max_epochs=4).fit(resumed, loader(), ckpt_path=tmp_path / "whole.ckpt")
+    assert [int(resumed.model.blocks[i].query.rank) for i in range(3)] == ranks
+
+
+def test_variants_reach_the_layers(tmp_path):
+    task = Task()
+    callback = LaLoraCallback(rank=4, init="pissa", use_rslora=True, freeze_A=True, random_rank=True)
+    new_trainer(tmp_path, callback).fit(task, loader())
+    layer = task.model.blocks[0].query
+    assert (layer.init, layer.scaling, layer.random_rank) == ("pissa", 8.0, True)
+    assert torch.equal(layer.lora_A, layer.start_A)
+    assert not torch.equal(layer.lora_B, layer.start_B)

@@ -1,12 +1,17 @@
-"""The same batches and seed in three kinds of loop: the ranks of every step are the same."""
+"""The same batches and seed in four kinds of loop: the ranks of every step are the same."""
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from lightning.fabric import Fabric
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
-from lalora_lightning import LaLoraCallback, RankAllocator, add_lora
+from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, lora_layers
+from lalora_lightning.transformers_trainer import LaLoraTrainerCallback
 from tests.conftest import TinyTransformer
 from tests.test_callback import Task, loader, new_trainer
 
@@ -38,6 +43,113 @@ def by_hand(fabric: Fabric | None) -> list[list[int]]:
             allocator.step()
             trajectory.append(allocator.ranks.tolist())
     return trajectory
+
+
+class TransformersTask(nn.Module):
+    """What transformers' Trainer asks of a model: a loss first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = TinyTransformer()
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model(x)
+        return nn.functional.cross_entropy(logits, labels), logits
+
+
+class OrderedTrainer(Trainer):
+    """Takes the batches as they come, as the other loops do."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(self.train_dataset, batch_size=4, collate_fn=self.collate)
+
+    @staticmethod
+    def collate(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        x, labels = map(torch.stack, zip(*rows, strict=True))
+        return {"x": x, "labels": labels}
+
+
+def new_transformers_trainer(folder: Path, *callbacks: Any, **settings: Any) -> OrderedTrainer:
+    torch.manual_seed(0)
+    model = TransformersTask()
+    add_lora(model, rank=4)
+    arguments = TrainingArguments(
+        folder,
+        **{
+            "num_train_epochs": 3,
+            "learning_rate": 0.05,
+            "lr_scheduler_type": "constant",
+            "weight_decay": 0.01,
+            "max_grad_norm": 0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **settings,
+        },
+    )
+    return OrderedTrainer(model, arguments, train_dataset=loader().dataset, callbacks=list(callbacks))
+
+
+def logged_ranks(trainer: Trainer) -> list[list[int]]:
+    names = [f"rank/model.blocks.{i}" for i in range(3)]
+    return [[int(log[name]) for name in names] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_transformers_trainer_gives_the_same_ranks(tmp_path: Path):
+    callback = LaLoraTrainerCallback(gamma=1.0)
+    trainer = new_transformers_trainer(tmp_path, callback)
+    trainer.train()
+    assert logged_ranks(trainer) == by_hand(None)
+    last = trainer.state.log_history[-2]
+    assert last["rank/total"] == sum(logged_ranks(trainer)[-1])
+    assert last["rank/budget"] == float(callback.allocator.budget)
+
+
+def test_transformers_trainer_acts_once_per_optimizer_step(tmp_path: Path):
+    callback = LaLoraTrainerCallback(gamma=1.0)
+    trainer = new_transformers_trainer(tmp_path, callback, gradient_accumulation_steps=3)
+    trainer.train()
+    # 7 batches, 3 to a step: 3 steps an epoch.
+    assert callback.allocator.steps == trainer.state.global_step == 9
+
+
+@pytest.mark.parametrize("contribution", ["norm", "fisher"])
+@pytest.mark.parametrize("told", [False, True])
+def test_transformers_trainer_resumes_as_if_it_had_never_stopped(tmp_path: Path, contribution: str, told: bool):
+    def run(folder: Path, epochs: int, resume: bool = False) -> OrderedTrainer:
+        trainer = new_transformers_trainer(
+            folder,
+            LaLoraTrainerCallback(gamma=1.0, contribution=contribution),
+            num_train_epochs=epochs,
+            save_strategy="epoch",
+            restore_callback_states_from_checkpoint=told,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole", 3)
+    run(tmp_path / "parts", 2)
+    resumed = run(tmp_path / "parts", 3, resume=True)
+    assert logged_ranks(resumed) == logged_ranks(whole)
+    for own, other in zip(lora_layers(resumed.model).values(), lora_layers(whole.model).values(), strict=True):
+        assert torch.equal(own.lora_B, other.lora_B)
+        assert torch.equal(own.rank, other.rank)
+
+
+def test_transformers_trainer_resumes_only_its_own_runs(tmp_path: Path):
+    new_transformers_trainer(tmp_path, num_train_epochs=1, save_strategy="epoch").train()
+    trainer = new_transformers_trainer(tmp_path, LaLoraTrainerCallback(), num_train_epochs=2)
+    with pytest.raises(ValueError, match=r"checkpoint of a run with LaLoraTrainerCallback"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_transformers_trainer_needs_an_adapted_model(tmp_path: Path):
+    trainer = Trainer(TransformersTask(), TrainingArguments(tmp_path, use_cpu=True), train_dataset=loader().dataset)
+    trainer.add_callback(LaLoraTrainerCallback())
+    with pytest.raises(ValueError, match=r"call add_lora\(model\) first"):
+        trainer.train()
 
 
 def test_trainer_fabric_and_a_plain_loop_give_the_same_ranks(tmp_path: Path):

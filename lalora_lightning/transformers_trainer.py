@@ -1,0 +1,97 @@
+"""LaLoraTrainerCallback: the rank allocator in transformers' Trainer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from lalora_lightning.allocator import RankAllocator
+
+
+class LaLoraTrainerCallback(TrainerCallback, ExportableState):
+    """Adaptive ranks in transformers' ``Trainer``, for a model that :func:`lalora_lightning.add_lora` adapted.
+
+    ::
+
+        add_lora(model, rank=8)
+        Trainer(model, args, train_dataset=data, callbacks=[LaLoraTrainerCallback(gamma=4.0)]).train()
+
+    A :class:`RankAllocator` acts after each optimizer step. Its ranks go into the logs of training as ``rank/<layer>``,
+    ``rank/total`` and ``rank/budget``. Integrations named in ``report_to`` are told before this callback has its turn:
+    give ``report_to="none"`` and the integration's callback behind this one. Checkpoints hold what a resumed run needs.
+
+    With ``contribution="fisher"`` gradients are taken after the Trainer has clipped them.
+
+    Args:
+        settings: Arguments of :class:`RankAllocator`.
+
+    Attributes:
+        allocator: The :class:`RankAllocator`, from the start of training on.
+
+    Raises:
+        ValueError: At the start of training: the model has no LoRA layers, an argument is out of range, or a run is
+            resumed from a checkpoint without this callback's state.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+        self.allocator: RankAllocator | None = None
+        self.restored: dict[str, Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model: nn.Module = kwargs["model"]
+        self.allocator = RankAllocator(model, **self.settings)
+        if state.global_step == 0:
+            return
+        # The Trainer hands a callback's state back only when it is told to; it is in its own state in any case.
+        saved: Any = state.stateful_callbacks or {}
+        restored = self.restored or saved.get(type(self).__name__, {}).get("attributes", {}).get("restored")
+        if restored is None:
+            raise ValueError(
+                "Expected a checkpoint of a run with LaLoraTrainerCallback but it has none of its state; resume from "
+                "another one, or train without resume_from_checkpoint."
+            )
+        own = self.allocator.state_dict()
+        tensors = {k: torch.tensor(restored[k], dtype=v.dtype) for k, v in own.items() if isinstance(v, Tensor)}
+        self.allocator.load_state_dict({**restored, **tensors})
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.allocator is not None
+        self.allocator.observe_gradients()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.allocator is not None
+        self.allocator.step()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Evaluation logs, too.
+        if self.allocator is None or logs is None or "loss" not in logs:
+            return
+        *ranks, budget = torch.cat([self.allocator.ranks.float(), self.allocator.budget.float().view(1)]).tolist()
+        metrics = {f"rank/{name}": rank for name, rank in zip(self.allocator.layer_names, ranks, strict=True)}
+        metrics |= {"rank/total": sum(ranks), "rank/budget": budget}
+        logs.update(metrics)
+        # The Trainer has put a copy of the logs there already.
+        state.log_history[-1].update(metrics)
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into a checkpoint, as JSON."""
+        state = None if self.allocator is None else self.allocator.state_dict()
+        if state is not None:
+            state = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in state.items()}
+        return {"args": self.settings, "attributes": {"restored": state}}

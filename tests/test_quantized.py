@@ -1,0 +1,174 @@
+"""bitsandbytes' 4-bit and 8-bit layers as base, on the CPU."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+from lalora_lightning import (
+    LaLoraCallback,
+    RankAllocator,
+    TruncatedLoRALinear,
+    add_lora,
+    load_lora_state_dict,
+    load_peft_adapter,
+    lora_layers,
+    lora_state_dict,
+    merge_lora,
+    save_peft_adapter,
+)
+from tests.conftest import TinyTransformer
+from tests.test_callback import Task, loader, new_trainer
+
+bnb = pytest.importorskip("bitsandbytes")
+X = torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 1, 0])
+
+
+def quantized(linear: nn.Linear, bits: int) -> nn.Module:
+    if bits == 4:
+        out = bnb.nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32, quant_type="nf4")
+    else:
+        out = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+    out.load_state_dict(linear.state_dict(), strict=False)
+    return out.to("cpu")
+
+
+def quantized_model(bits: int) -> TinyTransformer:
+    """All projections quantised, the head not, as transformers does it."""
+    torch.manual_seed(0)
+    model = TinyTransformer(width=64)
+    for block in model.blocks:
+        for name in ("query", "key", "value"):
+            setattr(block, name, quantized(getattr(block, name), bits))
+    return model
+
+
+both = pytest.mark.parametrize("bits", [4, 8])
+
+
+@both
+def test_forward_and_gradients_against_the_dequantised_weight(bits):
+    base = quantized(nn.Linear(64, 96), bits)
+    layer = TruncatedLoRALinear(base, rank=4, alpha=8.0, out_slices=[(0, 32), (64, 96)])
+    nn.init.normal_(layer.lora_B, std=0.1)
+    layer.set_rank(3)
+    x = torch.randn(5, 64, requires_grad=True)
+    out = layer(x)
+    out.square().sum().backward()
+
+    plain = TruncatedLoRALinear(nn.Linear(64, 96), rank=4, alpha=8.0, out_slices=[(0, 32), (64, 96)])
+    plain.base_layer.weight.data, plain.base_layer.bias.data = layer.base_weight, base.bias.data
+    plain.lora_A, plain.lora_B = (nn.Parameter(p.detach().clone()) for p in (layer.lora_A, layer.lora_B))
+    plain.set_rank(3)
+    x_plain = x.detach().clone().requires_grad_()
+    out_plain = plain(x_plain)
+    out_plain.square().sum().backward()
+    # 8 bits also round the input.
+    close = {"rtol": 0.05, "atol": 0.1} if bits == 8 else {}
+    torch.testing.assert_close(out, out_plain, **close)
+    for own, other in ((layer.lora_A, plain.lora_A), (layer.lora_B, plain.lora_B), (x, x_plain)):
+        scale = other.grad.abs().max()
+        torch.testing.assert_close(own.grad / scale, other.grad / scale, **close)
+
+
+@both
+def test_it_trains_and_its_ranks_adapt(bits):
+    model = quantized_model(bits)
+    expected = model(X)
+    summary = add_lora(model, rank=4)
+    assert summary.head == ("head",)
+    # Three blocks of three projections, the head, six adapters.
+    assert summary.total_parameters == 9 * (64 * 64 + 64) + 130 + 6 * 4 * (64 + 64)
+    torch.testing.assert_close(model(X), expected)
+    allocator = RankAllocator(model, gamma=20.0)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(10):
+        loss = nn.functional.cross_entropy(model(X), Y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        allocator.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert allocator.ranks.sum() > 3
+
+
+@both
+def test_its_state_holds_nothing_of_the_quantised_weights(bits):
+    model = quantized_model(bits)
+    add_lora(model, rank=4)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    state = lora_state_dict(model)
+    assert {key.rpartition(".")[2] for key in state} == {"lora_A", "lora_B", "rank", "_extra_state", "weight", "bias"}
+    assert [key for key in state if key.endswith("weight")] == ["head.weight"]
+    loaded = quantized_model(bits)
+    load_lora_state_dict(loaded, state)
+    torch.testing.assert_close(loaded.eval()(X), model.eval()(X))
+
+
+@both
+def test_a_merge_is_refused_and_the_way_out_works(bits):
+    model = quantized_model(bits)
+    add_lora(model, rank=4)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    with pytest.raises(TypeError, match=r"floating point but got a quantised one .* without quantisation"):
+        merge_lora(model)
+    torch.manual_seed(0)
+    plain = TinyTransformer(width=64)
+    load_lora_state_dict(plain, lora_state_dict(model))
+    merge_lora(plain, remove=True)
+    # Apart from what quantisation lost.
+    torch.testing.assert_close(plain(X), model(X), rtol=0, atol=0.2)
+
+
+@both
+def test_export_and_import_through_peft_s_format(bits, tmp_path):
+    model = quantized_model(bits)
+    add_lora(model, rank=4)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+        layer.set_rank(2)
+    save_peft_adapter(model, tmp_path)
+    again = quantized_model(bits)
+    load_peft_adapter(again, tmp_path)
+    torch.testing.assert_close(again.eval()(X), model.eval()(X))
+
+
+def test_starts_come_from_the_dequantised_weight():
+    layer = TruncatedLoRALinear(quantized(nn.Linear(64, 64), 4), rank=2, alpha=2.0, init="pissa")
+    U, S, Vh = torch.linalg.svd(layer.base_weight)
+    torch.testing.assert_close(layer.lora_B @ layer.lora_A, U[:, :2] * S[:2] @ Vh[:2])
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
+
+
+class QuantizedTask(Task):
+    def __init__(self, bits: int) -> None:
+        super().__init__(lr=0.01)
+        self.model = quantized_model(bits)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.cross_entropy(self.model(x.repeat(1, 1, 8)), y)
+
+
+@both
+def test_a_trainer_run_goes_on_from_its_checkpoint(bits, tmp_path):
+    def run(folder, epochs, ckpt_path=None):
+        task, callback = QuantizedTask(bits), LaLoraCallback(rank=4, gamma=20.0)
+        pl.seed_everything(0, verbose=False)
+        trainer = new_trainer(folder, callback, max_epochs=epochs)
+        trainer.fit(task, loader(), ckpt_path=ckpt_path)
+        return task, callback, trainer
+
+    whole, callback, _ = run(tmp_path / "whole", 2)
+    _, _, trainer = run(tmp_path / "half", 1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, resumed_callback, _ = run(tmp_path / "resumed", 2, tmp_path / "half.ckpt")
+    assert resumed_callback.allocator.ranks.tolist() == callback.allocator.ranks.tolist()
+    for key, value in lora_state_dict(whole).items():
+        torch.testing.assert_close(lora_state_dict(resumed)[key], value)
