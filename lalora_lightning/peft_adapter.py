@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from lalora_lightning.adapters import insert_layers, lora_layers, require_lora_layers, summarize
 from lalora_lightning.base_linear import is_conv1d, is_linear, linear_shape
 from lalora_lightning.layers import TruncatedLoRALinear
+from lalora_lightning.model_card import model_card
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 # PEFT wraps a model twice.
 _PREFIX = "base_model.model."
 # What changes the function of a PEFT adapter, and has no counterpart here.
@@ -23,19 +25,25 @@ _UNKNOWN_SETTINGS = ("use_dora", "lora_bias", "layer_replication", "target_param
 
 
 def save_peft_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], uniform: bool = False, overwrite: bool = False
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    uniform: bool = False,
+    overwrite: bool = False,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the adapters, at their ranks in force, and what else is trained, so that PEFT can load them.
 
-    ``PeftModel.from_pretrained(base_model, folder)`` and transformers' ``model.load_adapter(folder)`` read it. The
-    scaling is folded into ``lora_B``. Adapters of the slices of a fused projection become one of the whole projection,
-    with as many times the rank and rows of zeros where nothing is adapted.
+    ``PeftModel.from_pretrained(base_model, folder)`` and transformers' ``model.load_adapter(folder)`` read it. A
+    ``README.md`` beside them is the model card: base model, ranks, and the facts given. The scaling is folded into
+    ``lora_B``. Adapters of the slices of a fused projection become one of the whole projection, with as many times the
+    rank and rows of zeros where nothing is adapted. A start that is taken off makes an adapter of twice the rank.
 
     Args:
         model: The adapted model itself, not the LightningModule around it: names have to be those of the base model.
         folder: New or empty.
         uniform: Pad all adapters with zero components to the highest rank, for readers that know one rank only.
         overwrite: Replace an adapter that is there.
+        facts: What else the model card shall say, such as ``{"accuracy": 0.87, "gamma": 2.0}``.
 
     Raises:
         ValueError: The model has no LoRA layers, layers are merged, or parameters of the model itself are trained,
@@ -61,7 +69,7 @@ def save_peft_adapter(
 
     factors = {name: layer.folded() for name, layer in layers.items()}
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
-    highest = max(ranks.values())
+    own_ranks, highest = ranks, max(ranks.values())
     if uniform:
         factors = {name: _padded(A, B, highest) for name, (A, B) in factors.items()}
         ranks = dict.fromkeys(ranks, highest)
@@ -88,10 +96,44 @@ def save_peft_adapter(
         "bias": "none",
         "inference_mode": True,
     }
-    _write(folder, config, tensors)
+    _write(folder, config, tensors, model_card(own_ranks, config, facts or {}))
 
 
-def load_peft_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+def push_peft_adapter(
+    model: nn.Module,
+    repo_id: str,
+    uniform: bool = False,
+    facts: Mapping[str, Any] | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload what :func:`save_peft_adapter` writes to the Hub, as one commit; the repository is made if there is none.
+
+    Args:
+        model: As of :func:`save_peft_adapter`, like ``uniform`` and ``facts``.
+        repo_id: ``"user/name"``.
+        private: Whether a new repository is private; by default as the organisation has it.
+        token: By default the one that ``hf auth login`` stored.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ValueError: As of :func:`save_peft_adapter`; nothing has been uploaded then.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_peft_adapter(model, folder, uniform, facts=facts)
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter"))
+
+
+def load_peft_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], revision: str | None = None, token: str | None = None
+) -> None:
     """Adapt a model by a LoRA adapter that PEFT trained, as a starting point.
 
     The layers get the highest of its ranks as maximum rank; those of a lower rank are filled up with fresh components
@@ -99,15 +141,18 @@ def load_peft_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Args:
         model: The base model, without LoRA layers.
-        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``.
+        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``; or ``"user/name"`` of a repository on
+            the Hub, where there is no such folder.
+        revision: Branch, tag or commit of the repository.
+        token: For a private repository; by default the one that ``hf auth login`` stored.
 
     Raises:
-        FileNotFoundError: The folder lacks one of the files.
+        FileNotFoundError: The folder lacks one of the files, or there is no such repository, or no network.
         ValueError: The adapter is of another kind, is damaged, or does not fit the model; nothing has changed then.
     """
     if lora_layers(model):
         raise ValueError("Expected a model without LoRA layers but it has some already.")
-    config, tensors = _read(Path(folder))
+    config, tensors = _read(_local(folder, revision, token))
     factors: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -173,16 +218,34 @@ def _layer(module: nn.Module, pair: Mapping[str, Tensor], scaling: float, highes
     return layer
 
 
-def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Both files, each complete under its name or not there."""
+def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], card: str) -> None:
+    """All files, each complete under its name or not there."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     half_written = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
     save_file(tensors, half_written, metadata={"format": "pt"})
     half_written.replace(folder / WEIGHTS_FILE)
-    half_written.write_text(json.dumps(config, indent=2) + "\n")
-    half_written.replace(folder / CONFIG_FILE)
+    for name, text in ((CARD_FILE, card), (CONFIG_FILE, json.dumps(config, indent=2) + "\n")):
+        half_written.write_text(text)
+        half_written.replace(folder / name)
+
+
+def _local(folder: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:
+    """The folder, or that of a downloaded repository."""
+    if not isinstance(folder, str) or Path(folder).is_dir() or folder.count("/") != 1:
+        return Path(folder)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        files = [CONFIG_FILE, WEIGHTS_FILE]
+        return Path(snapshot_download(folder, revision=revision, token=token, allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"Expected {folder!r} to be a folder or a repository on the Hub but it is no folder, and the Hub says: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """Adapters that go to PEFT and come from it; PEFT's own loading and forward are the oracle."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     DebertaV2Config,
@@ -30,6 +33,7 @@ from lalora_lightning import (
     load_peft_adapter,
     lora_layers,
     merge_lora,
+    push_peft_adapter,
     save_peft_adapter,
     trim_lora,
 )
@@ -133,13 +137,23 @@ def test_transformers_load_adapter_reads_it(tmp_path: Path):
     same(outputs(plain, "llama"), outputs(model, "llama"))
 
 
-def test_the_uniform_form_has_one_rank_and_no_patterns(tmp_path: Path):
+def test_the_uniform_form_keeps_the_rules_of_engines_without_patterns(tmp_path: Path):
+    """vLLM's, as vllm.lora.peft_helper.PEFTHelper checks them, and one shape of lora_A and lora_B a projection."""
     model = trained("llama")
     save_peft_adapter(model, tmp_path, uniform=True)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["modules_to_save"] is None
+    assert config["bias"] == "none"
+    assert not config.get("use_dora", False)
+    assert config["target_modules"] == list(lora_layers(model))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(tensors) == 2 * len(lora_layers(model))
+    for key, value in tensors.items():
+        side = key.rpartition(".lora_")[2]
+        assert key.startswith("base_model.model.model.layers.")
+        assert value.shape[0 if side == "A.weight" else 1] == 4
 
 
 def test_the_mixed_form_scales_by_one_for_readers_that_ignore_the_patterns_scale(tmp_path: Path):
@@ -252,6 +266,7 @@ def test_an_export_of_nothing_of_merged_layers_or_into_a_full_folder(tmp_path: P
     save_peft_adapter(model, tmp_path, overwrite=True)
     assert {file.name for file in tmp_path.iterdir()} == {
         "notes.txt",
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     }
@@ -265,3 +280,57 @@ def test_parameters_of_the_model_itself_cannot_be_saved(tmp_path: Path):
     model.cls_token.requires_grad_(True)
     with pytest.raises(ValueError, match="the model has some of its own"):
         save_peft_adapter(model, tmp_path)
+
+
+def test_the_model_card_says_what_it_is(tmp_path: Path):
+    model = trained("llama")
+    model.config._name_or_path = "someone/base"
+    save_peft_adapter(model, tmp_path, facts={"accuracy": 0.87, "gamma": 2.0})
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "someone/base"
+    assert card.data.library_name == "peft"
+    assert "la-lora" in card.data.tags
+    assert "| accuracy | 0.87 |" in card.text
+    ranks = {name: int(layer.rank) for name, layer in lora_layers(model).items()}
+    assert len(set(ranks.values())) > 1
+    assert all(f"| {name} | {rank} |" in card.text for name, rank in ranks.items())
+    assert f"| ranks | {sum(ranks.values())} in 4 projections" in card.text
+
+
+class Hub:
+    """A folder that stands for the Hub."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def create_repo(self, repo_id: str, private: bool | None, exist_ok: bool) -> None:
+        (self.folder / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+
+    def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
+        shutil.copytree(folder_path, self.folder / repo_id, dirs_exist_ok=True)
+        return f"https://hub/{repo_id}/commit/1"
+
+    def snapshot_download(self, repo_id: str, **arguments: Any) -> str:
+        assert arguments == {"revision": "main", "token": None, "allow_patterns": list(FILES)}
+        return str(self.folder / repo_id)
+
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def test_to_the_hub_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    hub = Hub(tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda token: hub)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    model = trained("roberta")
+    assert push_peft_adapter(model, "me/adapter", facts={"accuracy": 0.9}) == "https://hub/me/adapter/commit/1"
+    assert {file.name for file in (tmp_path / "me" / "adapter").iterdir()} == {*FILES, "README.md"}
+    loaded = build("roberta")
+    load_peft_adapter(loaded, "me/adapter", revision="main")
+    same(outputs(loaded, "roberta"), outputs(model, "roberta"))
+
+
+def test_without_a_network_the_hub_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"'me/adapter' to be a folder or a repository on the Hub"):
+        load_peft_adapter(build("roberta"), "me/adapter")
