@@ -4,6 +4,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from lalora_lightning import (
     LaLoraCallback,
@@ -172,3 +180,25 @@ def test_a_trainer_run_goes_on_from_its_checkpoint(bits, tmp_path):
     assert resumed_callback.allocator.ranks.tolist() == callback.allocator.ranks.tolist()
     for key, value in lora_state_dict(whole).items():
         torch.testing.assert_close(lora_state_dict(resumed)[key], value)
+
+
+@both
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_that_transformers_quantised(bits, family, tmp_path):
+    sizes = {"vocab_size": 30, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if family == "llama":
+        LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=64)).save_pretrained(tmp_path)
+    else:
+        GPT2LMHeadModel(GPT2Config(**sizes, n_positions=8)).save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, device_map="cpu")
+    ids = torch.arange(6)[None]
+    model.eval()
+    expected = model(ids).logits
+    add_lora(model, rank=2)
+    torch.testing.assert_close(model(ids).logits, expected)
+    model(ids, labels=ids).loss.backward()
+    layers = lora_layers(model)
+    assert len(layers) == (4 if family == "llama" else 2)
+    assert all(layer.lora_B.grad.any() for layer in layers.values())
+    assert {key.rpartition(".")[2] for key in lora_state_dict(model)} == {"lora_A", "lora_B", "rank", "_extra_state"}
