@@ -61,6 +61,8 @@ class RankAllocator:
         budget: Scalar in [L, average_rank * L].
         steps: Calls of :meth:`step` so far.
         skipped: Scalar int64, how many of them changed nothing because a norm was not finite.
+        contributions: ``(L,)``, what the last decision shared the budget by (Eq. 9); NaN before the first one.
+        growth_rates: ``(L,)``, growth of the values over the step before the last decision (Eq. 6); NaN likewise.
 
     Raises:
         ValueError: The model has no LoRA layers, layers of different maximum rank or flattened parameters (FSDP of the
@@ -125,6 +127,7 @@ class RankAllocator:
         even = torch.zeros(len(groups), device=device)
         self.ranks = functional.allocate_ranks(even, self.budget, self.max_rank)
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
+        self.contributions = self.growth_rates = torch.full_like(even, math.nan)
         squares = self._component_squares(_parameter)
         self._fisher = torch.zeros_like(squares) if contribution == "fisher" else None
         self._observed = False
@@ -167,11 +170,10 @@ class RankAllocator:
         norms = functional.norms_by_rank(self._component_squares(_parameter))
         truncated = functional.truncated_norms(norms, self.ranks)
         value = functional.values(truncated, self.ranks)
-        growth = functional.growth_rates(value, self._value)
-        budget = functional.update_budget(self.budget, growth, self.gamma, self.min_budget, self.max_budget)
-        ranks = functional.allocate_ranks(
-            self._contributions(norms, truncated), budget, self.max_rank, self.temperature
-        )
+        self.growth_rates = functional.growth_rates(value, self._value)
+        self.contributions = self._contributions(norms, truncated)
+        budget = functional.update_budget(self.budget, self.growth_rates, self.gamma, self.min_budget, self.max_budget)
+        ranks = functional.allocate_ranks(self.contributions, budget, self.max_rank, self.temperature)
         if self.growth == "matched":
             value = functional.values(functional.truncated_norms(norms, ranks), ranks)
 

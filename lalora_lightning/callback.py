@@ -1,12 +1,14 @@
 """LaLoraCallback: says when the rank allocator acts, logs its ranks and keeps its state in checkpoints."""
 
+import inspect
+import time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ModelSummary, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -18,6 +20,9 @@ from lalora_lightning.adapters import GroupBy, add_lora, lora_layers, summarize
 from lalora_lightning.allocator import Contribution, ContributionScale, Growth, RankAllocator, check_settings
 from lalora_lightning.base_linear import is_linear
 from lalora_lightning.initialization import Init
+from lalora_lightning.rank_report import print_rank_report
+from lalora_lightning.run_logging import costs, log_layout, log_results, log_settings
+from lalora_lightning.sparsity import layer_sparsity
 from lalora_lightning.trainer_checkpoint import attach_checkpoint_hooks, random_state, set_random_state
 
 # Readings kept for the picture; beyond that every second one is dropped, so that a long run's memory stays flat.
@@ -33,8 +38,10 @@ class LaLoraCallback(pl.Callback):
     :class:`RankAllocator` decides the rank of every layer.
 
     At the Trainer's logging steps the keys ``rank/<layer>``, ``rank/total`` and ``rank/budget`` go to all its loggers,
-    and the total to the progress bar; a TensorBoard logger also gets a picture of the trajectories after fit. Only
-    then are numbers asked from the device.
+    and the total to the progress bar. Only then are numbers asked from the device. The settings go to the loggers as
+    hyperparameters ``lalora/...``, and after fit ``fit/seconds`` and ``fit/peak_memory_mib``. A TensorBoard logger also
+    gets charts of all layers at once (custom scalars) and a picture of the trajectories. A table of the ranks is
+    printed after fit, unless the Trainer has ``enable_model_summary=False``.
 
     A LightningModule that builds its model in ``setup`` or ``configure_model`` calls ``add_lora`` itself, there. Under
     manual optimization the allocator acts once for each batch that stepped an optimizer. Weight averaging callbacks
@@ -60,9 +67,10 @@ class LaLoraCallback(pl.Callback):
         freeze_after: Optimizer steps (an integer) or a fraction of the run (a float in [0, 1]) after which the ranks
             stay as they are.
         save_adapter_only: Keep the frozen backbone out of the Trainer's checkpoints; one with 4-bit layers always is.
+        log_sparsity: Log ``sparsity/<layer>`` (Eq. 1), too; multiplies out every increment at every logging step.
         init, use_rslora, freeze_A, random_rank: Variants of the layers, see :func:`add_lora`.
         fixed_ranks: True trains every layer at the maximum rank (LoRA), a pattern such as ``{"layer.3": 2}`` at ranks
-            of its own, see ``rank_pattern`` of :func:`add_lora`; nothing is allocated then.
+            of its own, see ``rank_pattern`` of :func:`add_lora`; nothing is allocated or logged then.
 
     Attributes:
         allocator: The :class:`RankAllocator`, from the start of fit on.
@@ -91,6 +99,7 @@ class LaLoraCallback(pl.Callback):
         interval: int = 1,
         freeze_after: int | float | None = None,
         save_adapter_only: bool = False,
+        log_sparsity: bool = False,
         init: Init = "kaiming",
         use_rslora: bool = False,
         freeze_A: bool = False,
@@ -120,6 +129,7 @@ class LaLoraCallback(pl.Callback):
         self.interval = interval
         self.freeze_after = freeze_after
         self.save_adapter_only = save_adapter_only
+        self.log_sparsity = log_sparsity
         self.init = init
         self.use_rslora = use_rslora
         self.freeze_A = freeze_A
@@ -129,6 +139,7 @@ class LaLoraCallback(pl.Callback):
         self.allocator: RankAllocator | None = None
         self.history: list[tuple[int, list[int], float]] = []
         self._module: pl.LightningModule | None = None
+        self._started = 0.0
         # The Trainer's step that was acted on last; None before a run.
         self._last_step: int | None = None
         self._skipped = 0
@@ -165,6 +176,8 @@ class LaLoraCallback(pl.Callback):
         self._prepare_sharded_loading(trainer, pl_module)
         if stage == "fit":
             self._refuse_averages(trainer)
+            settings = {name: getattr(self, name) for name in inspect.signature(LaLoraCallback).parameters}
+            log_settings(trainer, pl_module, settings)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._strict_loading is not None:
@@ -201,7 +214,9 @@ class LaLoraCallback(pl.Callback):
             self.allocator.step()
         # Another Trainer counts its steps from zero again.
         self._last_step = trainer.global_step
+        self._started = time.monotonic()
         self._read(trainer)
+        log_layout(trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -219,29 +234,38 @@ class LaLoraCallback(pl.Callback):
         self.allocator.step()
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:
-            total = self._report(trainer)
+            metrics = self._metrics(trainer, pl_module)
+            self._log_metrics(trainer, metrics)
             # On the CPU already, so that the progress bar does not ask the device for it at every refresh.
-            pl_module.log("rank/total", torch.tensor(float(total)), prog_bar=True, logger=False, on_step=True)
+            pl_module.log("rank/total", torch.tensor(metrics["rank/total"]), prog_bar=True, logger=False, on_step=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.allocator is None:
             return
+        metrics = costs(pl_module, time.monotonic() - self._started)
         if self.history[-1][0] != trainer.global_step:
-            self._report(trainer)
-        if not trainer.is_global_zero or find_spec("matplotlib") is None:
+            metrics |= self._metrics(trainer, pl_module)
+        self._log_metrics(trainer, metrics)
+        if not trainer.is_global_zero:
             return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("rank/trajectories", self.plot(), trainer.global_step)
+        log_results(trainer)
+        if find_spec("matplotlib") is not None:
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure("rank/trajectories", self.plot(), trainer.global_step)
+        # Where Lightning's table of the model is wanted before, ours is after.
+        if any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            print_rank_report(self.allocator, pl_module)
 
     def plot(self) -> Any:
         """The rank trajectories so far as a matplotlib Figure, see :func:`plotting.plot_rank_trajectories`."""
         from lalora_lightning.plotting import plot_rank_trajectories
+        from lalora_lightning.runs import Run
 
         if self.allocator is None or not self.history:
             raise RuntimeError("Expected a run to plot but fit has not started.")
         steps, ranks, budgets = zip(*self.history, strict=True)
-        return plot_rank_trajectories(steps, ranks, self.allocator.layer_names, budgets, self.allocator.max_rank)
+        return plot_rank_trajectories(Run(self.allocator.layer_names, self.allocator.max_rank, steps, ranks, budgets))
 
     def state_dict(self) -> dict[str, Any]:
         if self.allocator is None:
@@ -372,16 +396,22 @@ class LaLoraCallback(pl.Callback):
             del self.history[1:-1:2]
         return reading[1], budget
 
-    def _report(self, trainer: pl.Trainer) -> int:
-        """Read the ranks and give them to all loggers; returns the total rank."""
+    def _metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """Read the ranks, the budget and, when asked for, the sparsities, by the keys they are logged under."""
         assert self.allocator is not None
+        names = self.allocator.layer_names
         ranks, budget = self._read(trainer)
-        metrics = {f"rank/{name}": float(rank) for name, rank in zip(self.allocator.layer_names, ranks, strict=True)}
+        metrics = {f"rank/{name}": float(rank) for name, rank in zip(names, ranks, strict=True)}
         metrics |= {"rank/total": float(sum(ranks)), "rank/budget": budget}
+        if self.log_sparsity:
+            sparsity = layer_sparsity(pl_module, self.group_by).tolist()
+            metrics |= {f"sparsity/{name}": share for name, share in zip(names, sparsity, strict=True)}
+        return metrics
+
+    def _log_metrics(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
         for logger in trainer.loggers:
             # Lightning counts the steps of what it logs from zero.
             logger.log_metrics(metrics, step=trainer.global_step - 1)
-        return sum(ranks)
 
 
 def _checked_history(state: Any) -> list[tuple[int, list[int], float]]:
