@@ -252,22 +252,28 @@ def _from_checkpoint(path: Path) -> Run:
             f"({type(error).__name__}: {_first_line(error)})."
         ) from error
     callbacks = checkpoint.get("callbacks", {}) if isinstance(checkpoint, Mapping) else {}
-    states = [state for state in callbacks.values() if isinstance(state, Mapping) and "allocator" in state]
+    needed = {"allocator", "history", "last_step"}
+    states = [state for state in callbacks.values() if isinstance(state, Mapping) and needed <= state.keys()]
     if not states:
         raise ValueError(
             f"Expected {path} to hold the state of a LaLoraCallback but it has none; give a checkpoint that a Trainer "
             "with LaLoraCallback wrote."
         )
     (state, *_) = states
-    steps, ranks, budgets = zip(*state["history"], strict=True)
+    allocator, last_step = state["allocator"], state["last_step"]
+    history = [*state["history"]]
+    if last_step is not None and history[-1][0] < last_step:
+        # The ranks in force, which were not read for the logs.
+        history.append([last_step, allocator["ranks"].tolist(), float(allocator["budget"])])
+    steps, ranks, budgets = zip(*history, strict=True)
     weights = checkpoint.get("state_dict", {})
     scores = {}
     for other in callbacks.values():
         if isinstance(other, Mapping) and other.get("monitor") and other.get("best_model_score") is not None:
             scores[f"best {other['monitor']}"] = float(other["best_model_score"])
     return Run(
-        layer_names=state["allocator"]["layer_names"],
-        max_rank=state["allocator"]["max_rank"],
+        layer_names=allocator["layer_names"],
+        max_rank=allocator["max_rank"],
         steps=steps,
         ranks=ranks,
         budgets=budgets,

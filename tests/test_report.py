@@ -1,0 +1,221 @@
+"""The report of a run, from CSV logs, TensorBoard's and a checkpoint; and what is printed after fit."""
+
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata
+
+from lalora_lightning import LaLoraCallback, RankAllocator, lora_layers
+from lalora_lightning.rank_report import print_rank_report, rank_rows, rank_totals, trimmed_bytes
+from lalora_lightning.report import main
+from lalora_lightning.runs import collect_scores, read_run
+from lalora_lightning.sparsity import layer_sparsity
+from tests.conftest import TinyTransformer
+from tests.test_callback import Task, loader, new_trainer
+
+
+class Saved(Task):
+    def __init__(self, lr: float = 0.05) -> None:
+        super().__init__(lr)
+        self.save_hyperparameters()
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LaLoraCallback, pl.LightningModule]:
+    """A run with both loggers and a checkpoint: ``csv/``, ``tb/`` and ``last.ckpt`` in one folder."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run")
+    callback, module = LaLoraCallback(rank=4, gamma=3.0, log_sparsity=True), Saved()
+    new_trainer(
+        folder,
+        callback,
+        ModelCheckpoint(folder, "best", monitor="val/loss", save_top_k=-1, save_last=True),
+        enable_checkpointing=True,
+        logger=[CSVLogger(folder, "", "csv"), TensorBoardLogger(folder, "", "tb")],
+        log_every_n_steps=5,
+    ).fit(module, loader(), loader(2))
+    return folder, callback, module
+
+
+@pytest.mark.parametrize("logs", ["csv", "tb"])
+def test_a_run_is_read_from_its_logs(fitted: tuple, logs: str):
+    folder, callback, module = fitted
+    run = read_run(folder / logs)
+    # All readings but the one before the first step, which is not logged.
+    history = callback.history[1:]
+    assert list(run.steps) == [5, 10, 15, 20, 21]
+    assert [list(row) for row in run.ranks] == [ranks for _, ranks, _ in history]
+    assert run.budgets == pytest.approx([budget for *_, budget in history])
+    assert list(run.layer_names) == callback.allocator.layer_names
+    assert run.max_rank == run.settings["lalora.rank"] == 4
+    assert run.settings["lr"] == 0.05
+    assert run.settings["lalora.adapter_parameters"] == 6 * 2 * 8 * 4
+    assert run.sparsity[21] == pytest.approx(layer_sparsity(module).tolist())
+    assert [step for step, _ in run.scores["val/loss"]] == [7, 14, 21]
+    assert 0 < run.summary["seconds"] < 60
+    assert run.summary["peak_memory_mib"] > 50
+
+
+def test_a_checkpoint_alone(fitted: tuple, tmp_path: Path):
+    folder, callback, _ = fitted
+    run = read_run(folder / "last.ckpt")
+    step, ranks, budget = callback.history[-1]
+    assert (run.steps[-1], list(run.ranks[-1]), run.budgets[-1]) == (step, ranks, pytest.approx(budget))
+    assert run.summary["adapter parameters"] == 384
+    # Two projections a layer, each 8 x r' and r' x 8 in float32.
+    assert run.summary["trimmed adapter, KiB"] == sum(ranks) * 2 * 16 * 4 / 1024
+    assert run.settings["lr"] == 0.05
+    assert "best val/loss" in run.summary
+    main([str(folder / "last.ckpt"), "--output", str(tmp_path)])
+    assert "| trimmed adapter, KiB | " in (tmp_path / "report.md").read_text()
+
+
+def test_the_command(fitted: tuple, tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder, callback, _ = fitted
+    (folder / "csv" / "report.json").write_text(json.dumps({"test/accuracy": 0.75, "note": "a|b <i>"}))
+    main([str(folder / "csv"), "--output", str(tmp_path / "report")])
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report" / "report.html")
+    total = sum(callback.history[-1][1])
+    assert f"<td>total rank</td><td>{total} of LoRA&#x27;s 12 ({total / 12:.0%})</td>" in page
+    assert "<td>lalora.gamma</td><td>3</td>" in page
+    assert "<td>test/accuracy</td><td>0.75</td>" in page
+    assert "a|b &lt;i&gt;" in page
+    for i, rank in enumerate(callback.history[-1][1]):
+        assert f"<td>model.blocks.{i}</td><td>{rank}</td>" in page
+    # Self-contained: nothing is loaded from elsewhere.
+    assert page.count('src="data:image/png;base64,') == page.count("src=") == 4
+    assert "http" not in page
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "a\\|b <i>" in text
+    assert {path.name for path in tmp_path.glob("report/*.png")} == {
+        "rank-trajectories.png",
+        "rank-lines.png",
+        "sparsity.png",
+        "sparsity-and-rank.png",
+    }
+    assert all(f"]({path.name})" in text for path in tmp_path.glob("report/*.png"))
+
+
+def test_errors_say_what_to_do(tmp_path: Path):
+    def error(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, arguments)))
+        return str(stop.value)
+
+    assert "to be a folder of logs or a checkpoint but there is none" in error(tmp_path / "nowhere")
+    assert "found neither; give the folder a logger wrote to, or a checkpoint" in error(tmp_path)
+
+    for version in ("a", "b"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "metrics.csv").write_text("step,train/loss\n4,0.5\n")
+    assert f"Expected the logs of one run in {tmp_path} but found 2; give one of {tmp_path}/a" in error(tmp_path)
+    assert "to hold rank/<layer> and rank/budget, which LaLoraCallback logs, but got train/loss" in error(
+        tmp_path / "a"
+    )
+
+    metrics = tmp_path / "a" / "metrics.csv"
+    metrics.write_text("step,rank/x.0,rank/budget\n4,1,1\n9,2,oops\n")
+    assert f"Expected numbers in line 3 of {metrics} but it is damaged" in error(tmp_path / "a")
+    metrics.write_text("rank/x.0\n1\n")
+    assert "to have a column named step" in error(tmp_path / "a")
+    metrics.write_text("step,rank/x.0,rank/budget\n4,1,1\n")
+    (tmp_path / "a" / "hparams.yaml").write_text("a: [")
+    assert "hparams.yaml to be YAML but it cannot be read" in error(tmp_path / "a")
+    (tmp_path / "a" / "hparams.yaml").write_text("x: !!python/object:pathlib.Path {}\ny: !!python/name:os.getcwd\n")
+    assert read_run(tmp_path / "a").settings["y"] == "os.getcwd"
+    (tmp_path / "a" / "report.json").write_text("[1]")
+    assert "report.json to hold names and values but it holds a list" in error(tmp_path / "a")
+
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    assert "to be a checkpoint of a Trainer but it cannot be read" in error(tmp_path / "text.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
+    assert "to hold the state of a LaLoraCallback but it has none" in error(tmp_path / "plain.ckpt")
+
+
+def test_scores_by_a_setting(tmp_path: Path):
+    for i, (gamma, score) in enumerate([(4.0, 0.5), (2.0, 0.25), (4.0, 0.75)]):
+        folder = tmp_path / f"run-{i}"
+        folder.mkdir()
+        (folder / "hparams.yaml").write_text(f"lalora:\n  gamma: {gamma}\n")
+        (folder / "metrics.csv").write_text(f"step,rank/x.0,rank/budget,val/acc\n4,1,1,\n9,,,0.1\n19,,,{score}\n")
+    assert collect_scores(tmp_path, "val/acc", "lalora.gamma") == {2.0: [0.25], 4.0: [0.5, 0.75]}
+    assert collect_scores(tmp_path, "val/acc", "lalora.rank") == {}
+
+
+def test_sparsity_of_a_layer_counts_all_its_projections(adapted: TinyTransformer):
+    layers = lora_layers(adapted)
+    with torch.no_grad():
+        layers["blocks.0.query"].lora_B.zero_()
+        layers["blocks.1.query"].lora_B[:2].zero_()
+    # Half of the first layer's entries, a quarter of one of the second's two matrices.
+    assert layer_sparsity(adapted).tolist() == pytest.approx([0.5, 0.125, 0.0], abs=0.02)
+
+
+def test_tensorboard_opens_with_charts_and_results(fitted: tuple):
+    folder, _, _ = fitted
+    events = EventAccumulator(str(folder / "tb")).Reload()
+    layout = layout_pb2.Layout()
+    content = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    layout.ParseFromString(content)
+    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
+    assert list(charts) == ["rank of each layer", "total rank and budget", "sparsity of each layer"]
+
+    summaries = events.summary_metadata
+    results = metadata.parse_experiment_plugin_data(summaries[metadata.EXPERIMENT_TAG].plugin_data.content)
+    assert {info.name.tag for info in results.metric_infos} == {"val/loss", "rank/total", "rank/budget"}
+    start = metadata.parse_session_start_info_plugin_data(
+        summaries[metadata.SESSION_START_INFO_TAG].plugin_data.content
+    )
+    assert start.hparams["lalora/gamma"].number_value == 3.0
+    assert start.hparams["lr"].number_value == 0.05
+    assert "hp_metric" not in events.Tags()["scalars"]
+    assert "rank/trajectories" in events.Tags()["images"]
+
+
+def test_the_ranks_are_printed_after_fit(tmp_path: Path, capsys: pytest.CaptureFixture):
+    callback = LaLoraCallback(rank=4)
+    new_trainer(tmp_path, callback, max_epochs=1).fit(Task(), loader())
+    assert capsys.readouterr().out == ""
+    callback = LaLoraCallback(rank=4)
+    new_trainer(tmp_path, callback, max_epochs=1, enable_model_summary=True).fit(Task(), loader())
+    out = capsys.readouterr().out
+    assert out.count("model.blocks.2") == 1
+    assert f"total rank {sum(callback.history[-1][1])} of LoRA's 12" in " ".join(out.split())
+
+
+def test_the_rank_report(adapted: TinyTransformer, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    allocator = RankAllocator(adapted, gamma=3.0)
+    assert allocator.contributions.isnan().all()
+    assert allocator.growth_rates.isnan().all()
+    assert "contributions" not in allocator.state_dict()
+    with torch.no_grad():
+        for layer in lora_layers(adapted).values():
+            layer.lora_B.mul_(2)
+    allocator.step()
+    assert allocator.contributions.mean() == pytest.approx(1)
+    assert (allocator.growth_rates > 0).all()
+    rows = rank_rows(allocator)
+    assert [row[:3] for row in rows] == [
+        [f"blocks.{i}", str(rank), f"{share:.3f}"]
+        for i, (rank, share) in enumerate(zip(allocator.ranks.tolist(), allocator.contributions.tolist(), strict=True))
+    ]
+    assert [len(row[4]) for row in rows] == [6 * rank for rank in allocator.ranks.tolist()]
+    trimmed = int(allocator.ranks.sum()) * 2 * 16 * 4 / 1024
+    assert rank_totals(allocator, adapted).endswith(f"adapters 1.5 KiB, trimmed to these ranks {trimmed:.1f} KiB")
+    assert trimmed_bytes(torch.empty(4, 8), torch.empty(6, 4), rank=3) == 3 * 14 * 4
+
+    # Without rich, the same in plain text.
+    monkeypatch.setattr("lalora_lightning.rank_report.find_spec", lambda name: None)
+    print_rank_report(allocator, adapted)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["layer", "rank", "contribution", "growth,", "%", "a", "step"]
+    assert lines[2].split() == rows[0]
+    assert lines[-1] == rank_totals(allocator, adapted)
