@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: .venv/recipes-installed
 	$(BIN)/python -m recipes.digits
@@ -14,7 +14,10 @@ lint: .venv/dev-installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# .venv/recipes-installed, .venv/dev-installed: the extra of that name is installed and up to date.
+docs: .venv/docs-installed
+	$(BIN)/mkdocs build --strict
+
+# .venv/recipes-installed, .venv/dev-installed, ...: the extra of that name is installed and up to date.
 .venv/%-installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[$*]"
 	touch $@

@@ -113,7 +113,7 @@ def plot_sparsity(source: Source) -> Figure:
     percent = [[100 * share for share in row] for row in sparsity.values()]
     figure, axes = _lines_by_depth(list(sparsity), percent, run.layer_names)
     axes.set_ylabel("sparsity of the increment, %")
-    axes.set_ylim(-2, 102)
+    axes.set_ylim(bottom=0)
     return figure
 
 
@@ -133,7 +133,6 @@ def plot_sparsity_and_rank(source: Source) -> Figure:
     _draw_ranks(above, run)
     below.bar(range(len(final)), final, color=_ORANGE)
     below.set_ylabel("sparsity, %")
-    below.set_ylim(0, 100)
     _name_layers(below.xaxis, run.layer_names)
     return figure
 
@@ -142,8 +141,8 @@ def plot_gamma(scores: Mapping[str, Mapping[float, Sequence[float]]], score: str
     """Score over gamma, one line a data set (Fig. 3).
 
     Args:
-        scores: ``{data set: {gamma: scores of the seeds}}``; :func:`lalora_lightning.runs.collect_scores` gives the
-            inner one. Lines go through the means; bars are 95% intervals of the mean, with two or more seeds.
+        scores: ``{data set: {gamma: scores of the seeds}}``; :func:`lalora_lightning.runs.final_scores_by` gives
+            the inner one. Lines go through the means; bars are 95% intervals of the mean, with two or more seeds.
         score: Name and unit of the score, for the axis.
     """
     figure, axes = _score_lines(scores, score)

@@ -49,7 +49,7 @@ def write_report(source: str | os.PathLike[str], output: str | os.PathLike[str])
     for name, figure in figures(run).items():
         figure.savefig(folder / f"{name}.png", dpi=120)
         pictures.append(folder / f"{name}.png")
-    title = f"La-LoRA: {Path(source).resolve().name}"
+    title = f"La-LoRA: {source}"
     sections = tables(run)
     (folder / "report.md").write_text(_markdown(title, sections, pictures), encoding="utf-8")
     page = folder / "report.html"

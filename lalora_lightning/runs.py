@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,22 +88,39 @@ def run_folders(folder: Path_) -> list[Path]:
     )
 
 
-def collect_scores(folder: Path_, score: str, setting: str) -> dict[Any, list[float]]:
-    """The final values of a score of all runs in a folder, by the value of a setting.
+def final_scores(folder: Path_, score: str) -> list[float]:
+    """The last value of a score of every run in a folder that logged it, of whatever method.
 
     Args:
-        folder: Logs of many runs, such as one run a gamma and seed.
+        folder: Logs of many runs, such as one a seed.
+        score: Name of a metric, such as ``"test/accuracy"``.
+    """
+    return [value for value, _ in _final_scores(folder, score)]
+
+
+def final_scores_by(folder: Path_, score: str, setting: str) -> dict[Any, list[float]]:
+    """The last value of a score of every run in a folder, by the value of a setting.
+
+    Args:
+        folder: Logs of many runs, such as one a gamma and seed.
         score: Name of a metric, such as ``"val/accuracy"``.
-        setting: Name of a setting, such as ``"lalora.gamma"``.
+        setting: Name of a hyperparameter, such as ``"lalora.gamma"``; runs without it are left out.
 
     Returns:
-        ``{value of the setting: [score, ...]}`` in rising order; runs without either are left out.
+        ``{value of the setting: [score, ...]}`` in rising order.
     """
     scores: dict[Any, list[float]] = {}
-    for run in (_from_logs(logs, {logs}) for logs in run_folders(folder)):
-        if score in run.scores and setting in run.settings:
-            scores.setdefault(run.settings[setting], []).append(run.scores[score][-1][1])
+    for value, settings in _final_scores(folder, score):
+        if setting in settings:
+            scores.setdefault(settings[setting], []).append(value)
     return dict(sorted(scores.items()))
+
+
+def _final_scores(folder: Path_, score: str) -> Iterator[tuple[float, dict[str, Any]]]:
+    for logs in run_folders(folder):
+        readings = _read_logs(logs).get(score)
+        if readings:
+            yield readings[max(readings)], _read_settings(logs)
 
 
 def _between(outer: Path, inner: Path) -> list[Path]:
@@ -112,17 +129,26 @@ def _between(outer: Path, inner: Path) -> list[Path]:
 
 
 def _from_logs(logs: Path, beside: Iterable[Path]) -> Run:
-    metrics = logs / METRICS
-    readings = _read_csv(metrics) if metrics.exists() else _read_events(logs)
     settings: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     for folder in sorted(beside, key=lambda folder: len(folder.parts)):
-        for name in SETTINGS:
-            if (folder / name).exists():
-                settings |= _flat(_read_yaml(folder / name))
+        settings |= _read_settings(folder)
         if (folder / "report.json").exists():
             summary |= _read_json(folder / "report.json")
-    return _from_readings(readings, settings, summary, logs)
+    return _from_readings(_read_logs(logs), settings, summary, logs)
+
+
+def _read_logs(folder: Path) -> dict[str, dict[int, float]]:
+    """``{key: {optimizer step: value}}``."""
+    return _read_csv(folder / METRICS) if (folder / METRICS).exists() else _read_events(folder)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name in SETTINGS:
+        if (folder / name).exists():
+            settings |= _flat(_read_yaml(folder / name))
+    return settings
 
 
 def _from_readings(

@@ -15,7 +15,7 @@ from tensorboard.plugins.hparams import metadata
 from lalora_lightning import LaLoraCallback, RankAllocator, lora_layers
 from lalora_lightning.rank_report import print_rank_report, rank_rows, rank_totals, trimmed_bytes
 from lalora_lightning.report import main
-from lalora_lightning.runs import collect_scores, read_run
+from lalora_lightning.runs import final_scores, final_scores_by, read_run
 from lalora_lightning.sparsity import layer_sparsity
 from tests.conftest import TinyTransformer
 from tests.test_callback import Task, loader, new_trainer
@@ -146,8 +146,10 @@ def test_scores_by_a_setting(tmp_path: Path):
         folder.mkdir()
         (folder / "hparams.yaml").write_text(f"lalora:\n  gamma: {gamma}\n")
         (folder / "metrics.csv").write_text(f"step,rank/x.0,rank/budget,val/acc\n4,1,1,\n9,,,0.1\n19,,,{score}\n")
-    assert collect_scores(tmp_path, "val/acc", "lalora.gamma") == {2.0: [0.25], 4.0: [0.5, 0.75]}
-    assert collect_scores(tmp_path, "val/acc", "lalora.rank") == {}
+    assert final_scores_by(tmp_path, "val/acc", "lalora.gamma") == {2.0: [0.25], 4.0: [0.5, 0.75]}
+    assert final_scores_by(tmp_path, "val/acc", "lalora.rank") == {}
+    assert final_scores(tmp_path, "val/acc") == [0.5, 0.25, 0.75]
+    assert final_scores(tmp_path, "test/acc") == []
 
 
 def test_sparsity_of_a_layer_counts_all_its_projections(adapted: TinyTransformer):
