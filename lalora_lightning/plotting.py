@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Source = Run | str | os.PathLike[str]
 
 _MOST_LABELS = 24
+_LONGEST_PREFIX = 24
 _BLUE, _ORANGE, _GREEN, _PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _COLOURS = (_BLUE, _ORANGE, _GREEN, _PURPLE, "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
@@ -300,7 +301,10 @@ def _name_layers(axis: Axis, layer_names: Sequence[str], offset: float = 0.0) ->
     labels = [".".join(name.split(".")[len(shared) :]) or name for name in layer_names]
     stride = -(-layers // _MOST_LABELS)
     axis.set_ticks([i + offset for i in range(0, layers, stride)], labels=labels[::stride])
-    axis.set_label_text("layer" if not shared else f"layer ({'.'.join(shared)}.*)")
+    prefix = ".".join(shared)
+    if len(prefix) > _LONGEST_PREFIX:
+        prefix = "..." + prefix[-_LONGEST_PREFIX:].partition(".")[2]
+    axis.set_label_text(f"layer ({prefix}.*)" if prefix else "layer")
     if isinstance(axis, XAxis) and max(map(len, labels)) > 3:
         axis.set_tick_params(rotation=90)
 

@@ -54,11 +54,17 @@ def test_axes_are_labelled_and_labels_do_not_overlap(plot: Callable[[Run], Figur
     )
 
 
-def test_long_names_do_not_overlap():
-    figure = plotting.plot_final_ranks(
-        {"mrpc": new_run(24, 2, "decoder.block."), "cola": new_run(24, 2, "decoder.block.")}
-    )
-    assert figure.axes[-1].get_xlabel() == "layer (decoder.block.*)"
+def test_what_long_names_share_is_cut_short():
+    run = new_run(prefix="base_model.model.bert.encoder.layer.")
+    assert plotting.plot_rank_trajectories(run).axes[0].get_ylabel() == "layer (...bert.encoder.layer.*)"
+    both = Run(["net.encoder.block.0", "net.decoder.block.0"], 8, [1], [[1, 2]], [3.0])
+    axes = plotting.plot_final_ranks({"cnn": both}).axes[0]
+    assert axes.get_xlabel() == "layer (net.*)"
+    labels = axes.get_xticklabels()
+    assert [(label.get_text(), label.get_rotation()) for label in labels] == [
+        ("encoder.block.0", 90),
+        ("decoder.block.0", 90),
+    ]
 
 
 @pytest.mark.parametrize(("layers", "labels"), [(1, ["model.encoder.layer.0"]), (12, ["0", "1"]), (96, ["0", "4"])])
