@@ -19,7 +19,7 @@ from lalora_lightning.rank_report import trimmed_bytes
 METRICS, EVENTS, SETTINGS = "metrics.csv", "events.out.tfevents.*", ("hparams.yaml", "config.yaml")
 _RANK, _SPARSITY, _COST = "rank/", "sparsity/", "fit/"
 
-Path_ = str | os.PathLike[str]
+FilePath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Run:
     summary: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_run(source: Run | Path_) -> Run:
+def read_run(source: Run | FilePath) -> Run:
     """A run from a folder with the logs of CSVLogger or TensorBoardLogger in it, or from a Trainer's checkpoint.
 
     Beside the logs, or in the folder given, ``hparams.yaml`` and ``config.yaml`` are read as settings, and
@@ -80,7 +80,7 @@ def read_run(source: Run | Path_) -> Run:
     return _from_logs(folders[0], {path, *_between(path, folders[0])})
 
 
-def run_folders(folder: Path_) -> list[Path]:
+def run_folders(folder: FilePath) -> list[Path]:
     """The folders in a folder, itself included, that hold the logs of a run; CSV logs where there are both kinds."""
     folder = Path(folder)
     return sorted({file.parent for file in folder.rglob(METRICS)}) or sorted(
@@ -88,7 +88,7 @@ def run_folders(folder: Path_) -> list[Path]:
     )
 
 
-def final_scores(folder: Path_, score: str) -> list[float]:
+def final_scores(folder: FilePath, score: str) -> list[float]:
     """The last value of a score of every run in a folder that logged it, of whatever method.
 
     Args:
@@ -98,7 +98,7 @@ def final_scores(folder: Path_, score: str) -> list[float]:
     return [value for value, _ in _final_scores(folder, score)]
 
 
-def final_scores_by(folder: Path_, score: str, setting: str) -> dict[Any, list[float]]:
+def final_scores_by(folder: FilePath, score: str, setting: str) -> dict[Any, list[float]]:
     """The last value of a score of every run in a folder, by the value of a setting.
 
     Args:
@@ -116,7 +116,7 @@ def final_scores_by(folder: Path_, score: str, setting: str) -> dict[Any, list[f
     return dict(sorted(scores.items()))
 
 
-def _final_scores(folder: Path_, score: str) -> Iterator[tuple[float, dict[str, Any]]]:
+def _final_scores(folder: FilePath, score: str) -> Iterator[tuple[float, dict[str, Any]]]:
     for logs in run_folders(folder):
         readings = _read_logs(logs).get(score)
         if readings:

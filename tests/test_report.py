@@ -1,5 +1,7 @@
 """The report of a run, from CSV logs, TensorBoard's and a checkpoint; and what is printed after fit."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from lalora_lightning.runs import final_scores, final_scores_by, read_run
 from lalora_lightning.sparsity import layer_sparsity
 from tests.conftest import TinyTransformer
 from tests.test_callback import Task, loader, new_trainer
+from tests.test_distributed import ShardedTask, batches, in_processes, strategy_of
 
 
 class Saved(Task):
@@ -221,3 +224,28 @@ def test_the_rank_report(adapted: TinyTransformer, capsys: pytest.CaptureFixture
     assert lines[1].split() == ["layer", "rank", "contribution", "growth,", "%", "a", "step"]
     assert lines[2].split() == rows[0]
     assert lines[-1] == rank_totals(allocator, adapted)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_two_processes_log_and_print_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+    def train(world: int, strategy: object) -> str:
+        torch.manual_seed(0)
+        logger = CSVLogger(tmp_path, "", f"{world}")
+        settings = {"strategy": strategy, "devices": world, "logger": logger, "enable_model_summary": True}
+        module = Task() if world == 1 or name == "ddp" else ShardedTask()
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            callback = LaLoraCallback(rank=4, gamma=1.0, log_sparsity=True)
+            new_trainer(tmp_path, callback, max_epochs=1, **settings).fit(module, batches(world))
+        return out.getvalue()
+
+    outputs = in_processes(2, tmp_path, lambda: train(2, strategy_of(name, 2)))
+    assert ["total rank" in out for out in outputs] == [True, False]
+    train(1, "auto")
+    one, two = read_run(tmp_path / "1"), read_run(tmp_path / "2")
+    assert one.ranks == two.ranks
+    assert list(one.sparsity) == list(two.sparsity) == [1, 2, 3, 4, 5, 6]
+    for step, sparsity in one.sparsity.items():
+        # An entry near the threshold may fall on either side.
+        assert two.sparsity[step] == pytest.approx(sparsity, abs=0.02)
