@@ -68,7 +68,10 @@ class LaLoraCallback(pl.Callback):
             stay as they are.
         save_adapter_only: Keep the frozen backbone out of the Trainer's checkpoints; one with 4-bit layers always is.
         log_sparsity: Log ``sparsity/<layer>`` (Eq. 1), too; multiplies out every increment at every logging step.
-        init, use_rslora, freeze_A, random_rank: Variants of the layers, see :func:`add_lora`.
+        init: How the adapters start, see :func:`add_lora`.
+        use_rslora: Scale by ``alpha / sqrt(rank)``.
+        freeze_A: Train ``lora_B`` only (LoRA-FA).
+        random_rank: While training, draw a rank up to the one in force at every forward pass (DyLoRA).
         fixed_ranks: True trains every layer at the maximum rank (LoRA), a pattern such as ``{"layer.3": 2}`` at ranks
             of its own, see ``rank_pattern`` of :func:`add_lora`; nothing is allocated or logged then.
 
@@ -263,7 +266,7 @@ class LaLoraCallback(pl.Callback):
         from lalora_lightning.runs import Run
 
         if self.allocator is None or not self.history:
-            raise RuntimeError("Expected a run to plot but fit has not started.")
+            raise RuntimeError("Expected a run to plot but fit has not started, or its ranks are fixed.")
         steps, ranks, budgets = zip(*self.history, strict=True)
         return plot_rank_trajectories(Run(self.allocator.layer_names, self.allocator.max_rank, steps, ranks, budgets))
 

@@ -49,7 +49,8 @@ class TruncatedLoRALinear(nn.Module):
     Attributes:
         lora_A: ``(r, d)``; ``(S r, d)`` for S slices.
         lora_B: ``(m, r)``; ``(sum of the slices' widths, r)`` for slices.
-        start_A, start_B: What they started from, persistent buffers; None where ``B A`` started at zero.
+        start_A: What ``lora_A`` started from, a persistent buffer; None where ``B A`` started at zero.
+        start_B: The same of ``lora_B``.
         rank: Integer scalar, the rank in force ``r'``; a persistent buffer. Starts at ``r``.
 
     Raises:

@@ -15,7 +15,7 @@ from lalora_lightning.adapters import lora_layers, summarize
 
 def log_settings(trainer: pl.Trainer, module: pl.LightningModule, settings: Mapping[str, Any]) -> None:
     """Give the callback's settings and the counts of parameters to all loggers, as hyperparameters ``lalora/...``."""
-    own = {key: getattr(value, "__qualname__", value) for key, value in settings.items()}
+    own = {key: getattr(value, "__qualname__", value) for key, value in settings.items() if key != "alpha"}
     layers = lora_layers(module)
     if layers:
         # A module may have adapted itself, with other settings than the callback's.
@@ -23,7 +23,7 @@ def log_settings(trainer: pl.Trainer, module: pl.LightningModule, settings: Mapp
         counts = summarize(module, settings["group_by"])
         own |= {
             "rank": layer.max_rank,
-            "alpha": layer.scaling * layer.max_rank,
+            "scaling": layer.scaling,
             "adapter_parameters": counts.adapter_parameters,
             "head_parameters": counts.head_parameters,
             "total_parameters": counts.total_parameters,

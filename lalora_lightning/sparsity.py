@@ -36,11 +36,15 @@ def layer_sparsity(model: nn.Module, group_by: GroupBy = "block") -> Tensor:
 
 def _slice_sparsities(layer: TruncatedLoRALinear) -> list[tuple[Tensor, int]]:
     """Sparsity and number of entries of each adapted slice."""
-    A, B = (_whole(p) for p in (layer.lora_A, layer.lora_B))
-    return [
-        (functional.sparsity(layer.scaling * (B_i.float() * layer.rank_mask) @ A_i.float()), len(B_i) * A_i.shape[1])
-        for A_i, B_i in layer.split(A, B)
-    ]
+    increments = _products(layer, _whole(layer.lora_A), _whole(layer.lora_B))
+    if layer.start_A is not None and layer.start_B is not None:
+        starts = _products(layer, layer.start_A, layer.start_B)
+        increments = [own - start for own, start in zip(increments, starts, strict=True)]
+    return [(functional.sparsity(layer.scaling * increment), increment.numel()) for increment in increments]
+
+
+def _products(layer: TruncatedLoRALinear, A: Tensor, B: Tensor) -> list[Tensor]:
+    return [(B_i.float() * layer.rank_mask) @ A_i.float() for A_i, B_i in layer.split(A, B)]
 
 
 def _whole(parameter: Tensor) -> Tensor:

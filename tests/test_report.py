@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
-from lalora_lightning import LaLoraCallback, RankAllocator, lora_layers
+from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, lora_layers
 from lalora_lightning.rank_report import print_rank_report, rank_rows, rank_totals, trimmed_bytes
 from lalora_lightning.report import main
 from lalora_lightning.runs import final_scores, final_scores_by, read_run
@@ -153,6 +153,14 @@ def test_scores_by_a_setting(tmp_path: Path):
     assert final_scores_by(tmp_path, "val/acc", "lalora.rank") == {}
     assert final_scores(tmp_path, "val/acc") == [0.5, 0.25, 0.75]
     assert final_scores(tmp_path, "test/acc") == []
+
+
+def test_sparsity_is_that_of_the_increment_not_of_a_start():
+    model = TinyTransformer()
+    add_lora(model, rank=4, init="pissa")
+    assert layer_sparsity(model).tolist() == [1.0, 1.0, 1.0]
+    model.blocks[0].query.lora_B.data += 1
+    assert layer_sparsity(model)[0] < 1
 
 
 def test_sparsity_of_a_layer_counts_all_its_projections(adapted: TinyTransformer):
