@@ -129,9 +129,13 @@ def pretrained_backbone() -> dict[str, Tensor]:
     pl.seed_everything(0, verbose=False)
     images, labels = upright_digits()
     known = labels < 5
-    model = new_model(learning_rate=2e-3)
-    trainer = new_trainer(400, callbacks=[NamedProgressBar("pretraining")], loggers=[])
-    trainer.fit(model, DataLoader(TensorDataset(images[known], labels[known]), batch_size=64, shuffle=True))
+    return pretrain(new_model(learning_rate=2e-3), TensorDataset(images[known], labels[known]), steps=400)
+
+
+def pretrain(model: ImageClassificationModule, data: TensorDataset, steps: int) -> dict[str, Tensor]:
+    """Train a timm model in full; its weights, all but the head's."""
+    trainer = new_trainer(steps, callbacks=[NamedProgressBar("pretraining")], loggers=[])
+    trainer.fit(model, DataLoader(data, batch_size=64, shuffle=True))
     return {name: value for name, value in model.state_dict().items() if not name.startswith("model.head.")}
 
 

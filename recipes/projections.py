@@ -1,0 +1,42 @@
+"""Where every method looks for what it adapts: the same projections and blocks as La-LoRA."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lalora_lightning.adapters import _find_targets, group_names
+
+
+class NotApplicableError(ValueError):
+    """A method cannot adapt a model; the message is the reason, a clause without a full stop."""
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The projections of a model that LoRA adapts.
+
+    Attributes:
+        names: Of the linear modules.
+        fused: Those of them that hold query, key and value in one weight.
+        blocks: Names of the transformer blocks they stand in.
+    """
+
+    names: list[str]
+    fused: list[str]
+    blocks: list[str]
+
+
+def find_projections(model: nn.Module, target_modules: Sequence[str] | str | None = None) -> Projections:
+    """Find them as :func:`lalora_lightning.add_lora` does; by default query and value.
+
+    Raises:
+        ValueError: Nothing was found.
+        TypeError: A target is not a linear module.
+    """
+    targets = _find_targets(dict(model.named_modules()), target_modules)
+    return Projections(
+        names=list(targets),
+        fused=[name for name, out_slices in targets.items() if out_slices is not None],
+        blocks=list(group_names(targets)),
+    )
