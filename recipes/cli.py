@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,17 +14,19 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lalora_lightning import LaLoraCallback, add_lora, lora_layers, lora_state_dict
+from lalora_lightning import LaLoraCallback, lora_layers, lora_state_dict
+from recipes.methods import METHODS, parse_method
 from recipes.reporting import quiet, table
 
-Adapter = Literal["lalora", "lora", "head", "none"]
+# The options of --lalora that other methods with a setting of that name have, too.
+SHARED_SETTINGS = ("rank", "alpha", "dropout", "target_modules", "modules_to_save")
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI with a choice of adapter and a checkpoint of the best epoch.
+    """LightningCLI with a choice of method and a checkpoint of the best epoch.
 
-    ``--adapter lalora`` trains with :class:`LaLoraCallback`, ``lora`` with the same layers at full rank, ``head``
-    the task head alone, ``none`` all weights; the options under ``--lalora`` are the callback's.
+    ``--method`` takes what :func:`parse_method` reads. The options under ``--lalora`` are those of
+    :class:`LaLoraCallback`, of which other methods take :data:`SHARED_SETTINGS` where they have them.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class RecipeCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--adapter", type=Adapter, default="lalora", help="What is trained.")
+        parser.add_argument(
+            "--method", default="lalora", help=f"Of {', '.join(METHODS)}; settings as name:setting=value,setting=value."
+        )
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of a run to go on with.")
         parser.add_class_arguments(LaLoraCallback, "lalora")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -61,19 +65,17 @@ class RecipeCLI(LightningCLI):
         )
 
     def adapt(self) -> None:
-        """Do what ``--adapter`` says to model and trainer."""
-        settings = self.config.lalora.as_dict()
-        if self.config.adapter == "lalora":
-            # In front: what the other callbacks set up may depend on the layers.
-            self.trainer.callbacks.insert(0, LaLoraCallback(**settings))  # type: ignore[attr-defined]
-        elif self.config.adapter in ("lora", "head"):
-            names = ("rank", "alpha", "dropout", "target_modules", "modules_to_save")
-            add_lora(self.model, **{name: settings[name] for name in names})
-            if self.config.adapter == "head":
-                # Frozen at their start, adapters change nothing.
-                for layer in lora_layers(self.model).values():
-                    layer.lora_A.requires_grad_(False)
-                    layer.lora_B.requires_grad_(False)
+        """Do what ``--method`` says to model and trainer.
+
+        Raises:
+            ValueError: Method or setting is unknown, or the method cannot adapt the model.
+        """
+        method, settings = parse_method(self.config.method)
+        options = self.config.lalora.as_dict()
+        if method.name != "lalora":
+            options = {name: options[name] for name in SHARED_SETTINGS if name in method.defaults}
+        # In front: what the other callbacks set up may depend on the layers.
+        self.trainer.callbacks[:0] = method.adapt(self.model, **{**options, **settings})  # type: ignore[attr-defined]
 
 
 def run(
@@ -105,7 +107,10 @@ def run(
         cli = RecipeCLI(module, data, links, files)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
-    cli.adapt()
+    try:
+        cli.adapt()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     start = time.perf_counter()
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)

@@ -1,7 +1,7 @@
 """LLaMA-7B on eight commonsense reasoning tasks by La-LoRA (the paper's Table 9).
 
     python -m recipes.commonsense --data.test_path LLM-Adapters/dataset
-    python -m recipes.commonsense --model.name meta-llama/Llama-2-7b-hf --data.path FOLDER --adapter lora
+    python -m recipes.commonsense --model.name meta-llama/Llama-2-7b-hf --data.path FOLDER --method lora
 
 Trains on 170 thousand instructions of all tasks, then writes an answer to every test question. The training set comes
 from the Hub or from a folder with train.parquet. The test sets are files: <task>.parquet or, as in the folder "dataset"

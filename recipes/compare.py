@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import lightning.pytorch as pl
+import transformers
 from jsonargparse import ArgumentParser
 
 import lalora_lightning
@@ -69,6 +70,9 @@ def compare(
         FileNotFoundError: Data or model cannot be reached or found.
     """
     quiet()
+    # A new head is meant, and thousands of bars say nothing.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     planned = [parse_method(spec) for spec in methods]
     done = {run_key(record): record for record in read_records(output)}
     for name in [] if report_only else tasks:

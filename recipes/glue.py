@@ -1,7 +1,7 @@
 """RoBERTa-base on a task of GLUE by La-LoRA (the paper's Table 5).
 
     python -m recipes.glue --data.task mrpc
-    python -m recipes.glue --data.task cola --adapter lora --model.name FOLDER --data.path FOLDER
+    python -m recipes.glue --data.task cola --method lora --model.name FOLDER --data.path FOLDER
 
 The settings are in glue.yaml and, for each task, glue.<task>.yaml; --help lists all there are.
 """

@@ -1,7 +1,7 @@
 """DeBERTa-v3-base on SQuAD 1.1 or 2.0 by La-LoRA (the paper's Table 6).
 
     python -m recipes.squad
-    python -m recipes.squad --data.version 2.0 --adapter lora --model.name FOLDER --data.path FOLDER
+    python -m recipes.squad --data.version 2.0 --method lora --model.name FOLDER --data.path FOLDER
 
 The settings are in squad.yaml and, for each version, squad.<version>.yaml; --help lists all there are.
 """

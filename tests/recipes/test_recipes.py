@@ -73,6 +73,18 @@ def test_vit_cifar100_on_a_local_folder(tmp_path: Path):
     assert torch.load(folder / "adapter.pt", weights_only=True)["model.blocks.0.attn.qkv.lora_A"].shape == (8, 32)
 
 
+def test_another_method_with_settings_of_its_own(tmp_path: Path):
+    data = write(tmp_path / "data", train=20, test=6)
+    arguments = [f"--data.path={data}", *TINY, "--trainer.max_epochs=1"]
+    recipe("vit_cifar100", *arguments, "--method=pfeiffer:bottleneck=4", cwd=tmp_path)
+    report = json.loads((tmp_path / "lightning_logs" / "version_0" / "report.json").read_text())
+    # 2 blocks of width 32, and the head's 32 * 2 + 2.
+    assert report["trainable parameters"] == 2 * (2 * 32 * 4 + 4 + 32) + 66
+    done = recipe("vit_cifar100", *arguments, "--method=prompt", cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: Method prompt does not apply to this model because")
+
+
 def test_vit_cifar100_without_network_and_data(tmp_path: Path):
     done = recipe("vit_cifar100", cwd=tmp_path, check=False, HF_HUB_OFFLINE="1")
     assert done.returncode == 1
