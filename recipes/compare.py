@@ -95,7 +95,8 @@ def compare(
                 run = {**plan, "seed": seed, "searched": None, "learning_rate": rate}
                 run_once(task, run, done, output, f"{number}/{len(runs)}")
             except NotApplicableError as error:
-                print(f"{task.name}: {error}", file=sys.stderr)
+                if seed == seeds[0]:
+                    print(f"{task.name}: {error}", file=sys.stderr)
 
     rows = summarize(done.values())
     tables = markdown(rows)
@@ -171,7 +172,7 @@ def train(task: Task, plan: Record, title: str) -> Record:
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", nargs="+", default=["digits"], help=f"Of {', '.join(TASKS)}.")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["digits"], help="What is trained for.")
     parser.add_argument(
         "--methods", nargs="+", default=["lora", "lalora"], help=f"Of {', '.join(METHODS)}; name:setting=value,..."
     )
@@ -187,4 +188,13 @@ if __name__ == "__main__":
     parser.add_function_arguments(compare, skip={"tasks", "methods", "seeds", "learning_rates", "task_settings"})
     arguments = parser.parse_args().as_dict()
     names = [field.name for field in dataclasses.fields(TaskSettings)]
-    compare(task_settings=TaskSettings(**{name: arguments.pop(name) for name in names}), **arguments)
+    settings = TaskSettings(**{name: arguments.pop(name) for name in names})
+    try:
+        for spec in arguments["methods"]:
+            parse_method(spec)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        compare(task_settings=settings, **arguments)
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
