@@ -94,7 +94,8 @@ def summarize(records: Iterable[Record]) -> list[Row]:
     for comparison in _group([r for r in records if r["searched"] is None], _SAME_COMPARISON):
         methods = _group(comparison, ("method", "settings"))
         references = [method for method in methods if method[0]["label"] == REFERENCE]
-        reference = {r["seed"]: r["score"] for r in references[0]} if references else {}
+        # Of several, from before and after a default was changed, the newest.
+        reference = {r["seed"]: r["score"] for r in references[-1]} if references else {}
         rows += [_row(method, reference) for method in methods]
     return rows
 

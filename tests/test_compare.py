@@ -205,6 +205,11 @@ def test_other_settings_of_a_task_are_another_comparison():
     ]
 
 
+def test_the_reference_is_the_newest_of_its_name():
+    rows = summarize([*RECORDS[:2], {**record("digits", "lora", 0, 0.51), "settings": {"new": True}}])
+    assert [row.difference for row in rows] == pytest.approx([-1, 1, 0])
+
+
 def test_bootstrap_interval():
     assert bootstrap_interval([1.5, 1.5, 1.5]) == (1.5, 1.5)
     # The mean of two draws from 0 and 1 is 0, 0.5 or 1 with odds 1 : 2 : 1.
