@@ -128,7 +128,7 @@ def add_lora(
     if lora_layers(model):
         raise ValueError("Expected a model without LoRA layers but it has some already; add_lora adapts a model once.")
     modules = named_modules(model)
-    targets = _find_targets(modules, target_modules)
+    targets = find_targets(modules, target_modules)
     _refuse_tied_weights(model, targets)
     if dropout or random_rank:
         _refuse_attention(modules, targets)
@@ -254,6 +254,34 @@ def summarize(model: nn.Module, group_by: GroupBy = "block") -> AdapterSummary:
     )
 
 
+def find_targets(
+    modules: Mapping[str, nn.Module], target_modules: Sequence[str] | str | None = None
+) -> dict[str, list[tuple[int, int]] | None]:
+    """What :func:`add_lora` adapts: names of linear modules, with the slices of their outputs (None: whole).
+
+    Args:
+        modules: Of the model, by name.
+        target_modules: As of :func:`add_lora`.
+
+    Raises:
+        ValueError: Nothing was found.
+        TypeError: A target is not a linear module.
+    """
+    if target_modules is None:
+        targets = _query_and_value(modules)
+        if not targets:
+            raise ValueError(
+                "Expected to find query and value projections by the usual names but found none; name the layers to "
+                f"adapt with target_modules. {_linear_layers_seen(modules)}"
+            )
+        return targets
+    matched = _match("target_modules", modules, target_modules)
+    wrong = [f"{name} ({type(modules[name]).__name__})" for name in matched if not is_linear(modules[name])]
+    if wrong:
+        raise TypeError(f"Expected target_modules to match nn.Linear or Conv1D only but they match {', '.join(wrong)}.")
+    return dict.fromkeys(matched)
+
+
 def find_head(model: nn.Module, targets: Iterable[str]) -> set[str]:
     """Names of the parameters of the task head, which stands beside the modules named; none where there is no head."""
     modules = named_modules(model)
@@ -330,26 +358,7 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _find_targets(
-    modules: dict[str, nn.Module], target_modules: Sequence[str] | str | None
-) -> dict[str, list[tuple[int, int]] | None]:
-    """Names of the modules to adapt, with the slices of their outputs (None: whole)."""
-    if target_modules is None:
-        targets = _query_and_value(modules)
-        if not targets:
-            raise ValueError(
-                "Expected to find query and value projections by the usual names but found none; name the layers to "
-                f"adapt with target_modules. {_linear_layers_seen(modules)}"
-            )
-        return targets
-    matched = _match("target_modules", modules, target_modules)
-    wrong = [f"{name} ({type(modules[name]).__name__})" for name in matched if not is_linear(modules[name])]
-    if wrong:
-        raise TypeError(f"Expected target_modules to match nn.Linear or Conv1D only but they match {', '.join(wrong)}.")
-    return dict.fromkeys(matched)
-
-
-def _query_and_value(modules: dict[str, nn.Module]) -> dict[str, list[tuple[int, int]] | None]:
+def _query_and_value(modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[int, int]] | None]:
     linear = {name for name, module in modules.items() if is_linear(module)}
     targets: dict[str, list[tuple[int, int]] | None] = {}
     for name in filter(linear.__contains__, modules):
@@ -364,7 +373,7 @@ def _query_and_value(modules: dict[str, nn.Module]) -> dict[str, list[tuple[int,
     return targets
 
 
-def _find_head(modules: dict[str, nn.Module], targets: Iterable[str]) -> list[str]:
+def _find_head(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> list[str]:
     """The task head: what stands beside the adapted backbone and holds a linear layer.
 
     Goes down from the root, along the modules that hold all targets, to the first one with such a part. Parts that are
@@ -392,7 +401,7 @@ def _find_head(modules: dict[str, nn.Module], targets: Iterable[str]) -> list[st
     )
 
 
-def _match(argument: str, modules: dict[str, nn.Module], wanted: Sequence[str] | str) -> list[str]:
+def _match(argument: str, modules: Mapping[str, nn.Module], wanted: Sequence[str] | str) -> list[str]:
     """Names that a regular expression matches whole or that end in one of the given names."""
     if isinstance(wanted, str):
         matched = [name for name in modules if re.fullmatch(wanted, name)]
@@ -408,7 +417,7 @@ def _match(argument: str, modules: dict[str, nn.Module], wanted: Sequence[str] |
     return matched
 
 
-def _linear_layers_seen(modules: dict[str, nn.Module]) -> str:
+def _linear_layers_seen(modules: Mapping[str, nn.Module]) -> str:
     """The model's linear layers for an error message; those that differ in an index only are folded."""
     kinds: dict[str, list[str]] = {}
     for name, module in modules.items():

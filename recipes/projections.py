@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lalora_lightning.adapters import _find_targets, group_names
+from lalora_lightning.adapters import find_targets, group_names
 
 
 class NotApplicableError(ValueError):
@@ -34,7 +34,7 @@ def find_projections(model: nn.Module, target_modules: Sequence[str] | str | Non
         ValueError: Nothing was found.
         TypeError: A target is not a linear module.
     """
-    targets = _find_targets(dict(model.named_modules()), target_modules)
+    targets = find_targets(dict(model.named_modules()), target_modules)
     return Projections(
         names=list(targets),
         fused=[name for name, out_slices in targets.items() if out_slices is not None],
