@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class AdapterSummary:
     Attributes:
         layers: Groups of projections that share a rank.
         projections: Adapted weight matrices; a fused projection counts once for each adapted slice.
-        adapter_parameters: Entries of ``lora_A`` and ``lora_B`` at the maximum rank.
+        adapter_parameters: Trainable entries of ``lora_A`` and ``lora_B``, at the maximum rank.
         head_parameters: Other trainable entries.
         total_parameters: All entries of the model.
         head: Names of the modules trained in full.
@@ -105,9 +106,9 @@ def add_lora(
             list trains adapters only.
         device: Device of the adapters; by default that of the weight they adapt.
         dtype: Type of the adapters' parameters, also over a base of lower precision.
-        rank_pattern: Maximum ranks of their own for some projections, from 1 to ``rank``, by a part of their names,
-            such as ``{"layer.3": 2, "query": 4}``; the first that matches counts. The scaling stays that of ``rank``.
-            Such ranks are fixed: a rank allocator takes one maximum rank for all.
+        rank_pattern: Maximum ranks of their own for some projections, by a part of their names, such as
+            ``{"layer.3": 2, "query": 4}``; the first that matches counts. The scaling stays that of ``rank``. These
+            ranks are fixed: a rank allocator takes one maximum rank for all.
         init: How the adapters start: "kaiming" or "orthogonal" (A random, B zero), "pissa" (largest singular values),
             "milora" (smallest), "olora" (QR). The adapted model equals the base model at first in every case. Adaptive
             ranks over "pissa" or "olora", whose norms are large and grow little, need a larger gamma (6 and more), or
@@ -132,28 +133,36 @@ def add_lora(
     _refuse_tied_weights(model, targets)
     if dropout or random_rank:
         _refuse_attention(modules, targets)
-    ranks = _match_ranks(rank_pattern or {}, targets)
+    ranks = _match_ranks(rank_pattern or {}, targets, rank)
     if modules_to_save is None:
         head = _find_head(modules, targets)
     else:
         head = _match("modules_to_save", modules, modules_to_save)
     trained = [p for name in head for p in modules[name].parameters() if p.requires_grad or modules_to_save is not None]
-    adapted = {}
-    variant: dict[str, Any] = {
+    if not all(p.is_floating_point() for p in trained):
+        raise ValueError(
+            f"Expected modules that can be trained in full but {', '.join(head)} hold quantised weights; leave them "
+            "out of modules_to_save, or out of the quantisation."
+        )
+    settings: dict[str, Any] = {
+        "dropout": dropout,
+        "device": device,
+        "dtype": dtype,
         "init": init,
-        "use_rslora": use_rslora,
         "freeze_A": freeze_A,
         "random_rank": random_rank,
     }
+    adapted = {}
     for name, out_slices in targets.items():
+        base, settings["out_slices"] = modules[name], out_slices
         try:
-            layer = TruncatedLoRALinear(modules[name], rank, alpha, dropout, out_slices, device, dtype, **variant)
             if name in ranks:
-                layer.set_rank(ranks[name])
-                layer.trim()
+                scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
+                adapted[name] = TruncatedLoRALinear.with_scaling(base, ranks[name], scaling, **settings)
+            else:
+                adapted[name] = TruncatedLoRALinear(base, rank, alpha, use_rslora=use_rslora, **settings)
         except ValueError as error:
             raise ValueError(f"Cannot adapt {name}. {error}") from error
-        adapted[name] = layer
 
     insert_layers(model, adapted, trained)
     return summarize(model)
@@ -247,7 +256,7 @@ def summarize(model: nn.Module, group_by: GroupBy = "block") -> AdapterSummary:
     return AdapterSummary(
         layers=len(group_names(layers, group_by)),
         projections=sum(len(layer.out_slices) for layer in layers.values()),
-        adapter_parameters=sum(p.numel() for p in adapters.values()),
+        adapter_parameters=sum(p.numel() for p in adapters.values() if p.requires_grad),
         head_parameters=sum(p.numel() for _, p in head),
         total_parameters=sum(entries(p) for _, p in named),
         head=tuple(dict.fromkeys(name.rpartition(".")[0] for name, _ in head)),
@@ -450,8 +459,10 @@ def _refuse_attention(modules: Mapping[str, nn.Module], targets: Iterable[str]) 
             )
 
 
-def _match_ranks(rank_pattern: Mapping[str, int], targets: Iterable[str]) -> dict[str, int]:
+def _match_ranks(rank_pattern: Mapping[str, int], targets: Iterable[str], rank: int) -> dict[str, int]:
     """Target to its own maximum rank, where the pattern has one."""
+    if rank_pattern and rank < 1:
+        raise ValueError(f"Expected rank to be at least 1 but got {rank}.")
     ranks = {}
     unmatched = set(rank_pattern)
     for name in targets:

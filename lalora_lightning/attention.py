@@ -16,15 +16,26 @@ class _AttentionWithInProj(nn.MultiheadAttention):
     """
 
     in_proj: Any
+    # The weight in effect while the forward pass runs, which asks for it several times.
+    _weight_in_effect: Tensor | None = None
 
     # nn.Module looks for a parameter only where the class has nothing of the name.
     @property
     def in_proj_weight(self) -> Tensor:  # type: ignore[override]
-        return self.in_proj.weight
+        return self.in_proj.weight if self._weight_in_effect is None else self._weight_in_effect
 
     @property
     def in_proj_bias(self) -> Tensor | None:  # type: ignore[override]
         return self.in_proj.bias
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """As of ``nn.MultiheadAttention``."""
+        # Past nn.Module, which would take the weight of a merged layer for a parameter of its own.
+        object.__setattr__(self, "_weight_in_effect", self.in_proj.weight)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            object.__setattr__(self, "_weight_in_effect", None)
 
 
 def in_proj_of(attention: nn.Module) -> nn.Linear | None:

@@ -47,11 +47,14 @@ def linear_parameter(module: nn.Module) -> Tensor:
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear module as ``(m, d)``: for ``Conv1D`` a transposed view, for a quantised one a copy."""
+    """The weight of a linear module as ``(m, d)``: for ``Conv1D`` a transposed view, for a quantised one a copy.
+
+    bitsandbytes quantises when a layer is moved to its device; before, the weight is what it was.
+    """
     weight = linear_parameter(module)
     if is_conv1d(module):
         return weight.T
-    if is_quantized(module):
+    if is_quantized(module) and not weight.is_floating_point():
         return _dequantized(module)
     return weight
 

@@ -73,7 +73,7 @@ class LaLoraCallback(pl.Callback):
         freeze_A: Train ``lora_B`` only (LoRA-FA).
         random_rank: While training, draw a rank up to the one in force at every forward pass (DyLoRA).
         fixed_ranks: True trains every layer at the maximum rank (LoRA), a pattern such as ``{"layer.3": 2}`` at ranks
-            of its own, see ``rank_pattern`` of :func:`add_lora`; nothing is allocated or logged then.
+            of its own, see ``rank_pattern`` of :func:`add_lora`; no ranks are decided or logged then.
 
     Attributes:
         allocator: The :class:`RankAllocator`, from the start of fit on.
@@ -145,6 +145,8 @@ class LaLoraCallback(pl.Callback):
         self._started = 0.0
         # The Trainer's step that was acted on last; None before a run.
         self._last_step: int | None = None
+        # Whether a run has begun, so that there is a state to save and to restore into.
+        self._fitted = False
         self._skipped = 0
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Tensor] | None = None
@@ -157,6 +159,12 @@ class LaLoraCallback(pl.Callback):
             # What was kept of another module's run is no part of this one's.
             self.allocator, self.history, self._skipped = None, [], 0
             self._last_step = self._restored = self._random = None
+            self._fitted = False
+        if self._module is not pl_module and isinstance(self.fixed_ranks, Mapping) and lora_layers(pl_module):
+            raise ValueError(
+                "Expected a module without LoRA layers, to adapt at the ranks of fixed_ranks, but it has some; give "
+                "the pattern to add_lora as rank_pattern, and fixed_ranks=True."
+            )
         self._module = pl_module
         # A module without linear layers builds its model later, and adapts it itself.
         if not lora_layers(pl_module) and any(map(is_linear, pl_module.modules())):
@@ -195,9 +203,12 @@ class LaLoraCallback(pl.Callback):
             )
         self._require_optimized(trainer, pl_module)
         if self.fixed_ranks is not False:
-            return
-        if self.allocator is None:
+            if trainer.ckpt_path is None:
+                for layer in lora_layers(pl_module).values():
+                    layer.set_rank(layer.max_rank)
+        elif self.allocator is None:
             self.allocator = self._build_allocator(trainer, pl_module)
+        self._fitted = True
         if self._restored is not None:
             self.load_state_dict(self._restored)
         if trainer.ckpt_path is None:
@@ -210,16 +221,15 @@ class LaLoraCallback(pl.Callback):
         self._random = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.allocator is None:
-            return
-        if self._last_step is not None and self._last_step < trainer.global_step:
+        if self.allocator is not None and self._last_step is not None and self._last_step < trainer.global_step:
             # The checkpoint was saved after an optimizer step and before this callback's turn.
             self.allocator.step()
         # Another Trainer counts its steps from zero again.
         self._last_step = trainer.global_step
         self._started = time.monotonic()
-        self._read(trainer)
-        log_layout(trainer)
+        if self.allocator is not None:
+            self._read(trainer)
+            log_layout(trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -231,9 +241,11 @@ class LaLoraCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # This hook fires after every batch: also while gradients accumulate and when training_step returned None.
-        if self.allocator is None or trainer.global_step == self._last_step:
+        if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
+        if self.allocator is None:
+            return
         self.allocator.step()
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and trainer.global_step % every == 0:
@@ -243,13 +255,11 @@ class LaLoraCallback(pl.Callback):
             pl_module.log("rank/total", torch.tensor(metrics["rank/total"]), prog_bar=True, logger=False, on_step=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.allocator is None:
-            return
         metrics = costs(pl_module, time.monotonic() - self._started)
-        if self.history[-1][0] != trainer.global_step:
+        if self.allocator is not None and self.history[-1][0] != trainer.global_step:
             metrics |= self._metrics(trainer, pl_module)
         self._log_metrics(trainer, metrics)
-        if not trainer.is_global_zero:
+        if self.allocator is None or not trainer.is_global_zero:
             return
         log_results(trainer)
         if find_spec("matplotlib") is not None:
@@ -271,27 +281,38 @@ class LaLoraCallback(pl.Callback):
         return plot_rank_trajectories(Run(self.allocator.layer_names, self.allocator.max_rank, steps, ranks, budgets))
 
     def state_dict(self) -> dict[str, Any]:
-        if self.allocator is None:
+        if not self._fitted:
             return self._restored or {}
         return {
-            "allocator": self.allocator.state_dict(),
+            "allocator": None if self.allocator is None else self.allocator.state_dict(),
             "last_step": self._last_step,
             "history": [[step, ranks, budget] for step, ranks, budget in self.history],
             "random": random_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state, now or, before fit has built the allocator, as soon as it has."""
-        if self.allocator is None:
+        """Restore the state, now or, before fit has built the allocator, as soon as it has.
+
+        Raises:
+            ValueError: It is none of this callback's, or of a run with other layers or settings.
+        """
+        if not self._fitted:
             self._restored = state_dict or None
             return
-        history = _checked_history(state_dict)
-        self.allocator.load_state_dict(state_dict["allocator"])
-        self.history = history
+        _check_state(state_dict)
+        if (state_dict["allocator"] is None) != (self.allocator is None):
+            kinds = ("adaptive", "fixed") if self.allocator is not None else ("fixed", "adaptive")
+            raise ValueError(
+                f"Expected the state of a run with {kinds[0]} ranks but got one with {kinds[1]} ranks; set fixed_ranks "
+                "as in that run."
+            )
+        if self.allocator is not None:
+            self.allocator.load_state_dict(state_dict["allocator"])
+            self._skipped = int(self.allocator.skipped)
+        self.history = [(step, list(ranks), budget) for step, ranks, budget in state_dict["history"]]
         self._restored = None
         self._last_step = state_dict["last_step"]
         self._random = state_dict["random"]
-        self._skipped = int(self.allocator.skipped)
 
     def _build_allocator(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RankAllocator:
         freeze_after = self.freeze_after
@@ -417,8 +438,12 @@ class LaLoraCallback(pl.Callback):
             logger.log_metrics(metrics, step=trainer.global_step - 1)
 
 
-def _checked_history(state: Any) -> list[tuple[int, list[int], float]]:
-    """Check a callback's state, all but the allocator's part, and give its history."""
+def _check_state(state: Any) -> None:
+    """Check a callback's state, all but the allocator's part.
+
+    Raises:
+        ValueError: Something is missing, or is not what it should be.
+    """
     keys = {"allocator", "last_step", "history", "random"}
     missing = sorted(keys - state.keys()) if isinstance(state, Mapping) else sorted(keys)
     if missing:
@@ -433,6 +458,7 @@ def _checked_history(state: Any) -> list[tuple[int, list[int], float]]:
     if last_step is not None and type(last_step) is not int:
         raise ValueError(f"Expected last_step to be a step or None but got {last_step!r}.")
     try:
-        return [(int(step), [int(rank) for rank in ranks], float(budget)) for step, ranks, budget in state["history"]]
+        for step, ranks, budget in state["history"]:
+            int(step), list(map(int, ranks)), float(budget)
     except (TypeError, ValueError) as error:
         raise ValueError("Expected history to be a list of step, ranks and budget but it is not.") from error

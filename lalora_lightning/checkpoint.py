@@ -72,8 +72,10 @@ def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     if unknown:
         problems.append(f"unknown keys: {', '.join(unknown)}")
     # Extra state, if not of a LoRA layer, is its module's to check.
+    # Nor do quantised layers write code books of one length.
+    own_alone = _quantization_keys(model, own)
     for key, value in own.items():
-        if key in state and not key.endswith("_extra_state"):
+        if key in state and not key.endswith("_extra_state") and key not in own_alone:
             problems += _misfits(key, state[key], value)
     for name, layer in layers.items():
         key = f"{name}._extra_state".lstrip(".")
@@ -159,11 +161,14 @@ def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
     insert_layers(model, layers, [p for name, p in model.named_parameters() if name in trained])
     try:
         check_state(model, state)
-    except ValueError:
+    except ValueError as error:
         remove_layers(model, layers)
         for parameter in trainable:
             parameter.requires_grad_(True)
-        raise
+        raise ValueError(
+            f"{error} If the run trained other modules in full than the head found, such as none, call add_lora with "
+            "its settings (modules_to_save) first."
+        ) from error
 
 
 def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, TruncatedLoRALinear]:
@@ -180,7 +185,7 @@ def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, T
             scaling, *edges = extra.tolist()
             slices = [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
             layers[name] = TruncatedLoRALinear.with_scaling(
-                modules[name], factor.shape[-1], scaling, slices, factor.dtype
+                modules[name], factor.shape[-1], scaling, out_slices=slices, dtype=factor.dtype
             )
             if f"{name}.start_B" in state:
                 layers[name].keep_start()

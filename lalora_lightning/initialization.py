@@ -24,8 +24,12 @@ def pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
 
 
 def milora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The ``r`` smallest singular values and their vectors (MiLoRA: Wang et al., 2024); as :func:`pissa` otherwise."""
-    return _singular(weight, slice(min(weight.shape) - rank, None), scaling)
+    """The ``r`` smallest singular values and their vectors (MiLoRA: Wang et al., 2024), the smallest first.
+
+    Arguments and shapes as of :func:`pissa`.
+    """
+    A, B = _singular(weight, slice(min(weight.shape) - rank, None), scaling)
+    return A.flip(0), B.flip(1)
 
 
 def olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:

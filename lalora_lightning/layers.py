@@ -128,11 +128,10 @@ class TruncatedLoRALinear(nn.Module):
         base_layer: nn.Module,
         rank: int,
         scaling: float,
-        out_slices: Sequence[tuple[int, int]] | None = None,
-        dtype: torch.dtype = torch.float32,
+        **settings: Any,
     ) -> "TruncatedLoRALinear":
-        """A layer of exactly this scaling, which ``alpha / rank`` may round, to load factors into."""
-        layer = cls(base_layer, rank, scaling * rank, out_slices=out_slices, dtype=dtype)
+        """A layer of exactly this scaling, which ``alpha / rank`` may round; settings as of the class."""
+        layer = cls(base_layer, rank, scaling * rank, **settings)
         layer.scaling = scaling
         return layer
 
@@ -145,8 +144,15 @@ class TruncatedLoRALinear(nn.Module):
         factors = self.split(self.lora_A, self.lora_B)
         if self.init in FACTORIZATIONS:
             weight = self.base_weight
+            if weight.is_meta:
+                raise ValueError(f"Expected init={self.init!r} to find a weight but it is on the meta device.")
             for (A, B), (start, stop) in zip(factors, self.out_slices, strict=True):
                 start_A, start_B = FACTORIZATIONS[self.init](weight[start:stop], self.max_rank, self.scaling)
+                if not (start_A.any(1) | start_B.any(0)).all():
+                    raise ValueError(
+                        f"Expected a weight of rank {self.max_rank} at least to start from with init={self.init!r} but "
+                        "it has less, and what starts at zero on both sides never learns."
+                    )
                 A.copy_(start_A)
                 B.copy_(start_B)
             self.keep_start()
@@ -158,6 +164,7 @@ class TruncatedLoRALinear(nn.Module):
                     # Each row's norm is about 1/sqrt(3).
                     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
+            self.start_A = self.start_B = None
         self.set_rank(self.max_rank)
 
     @torch.no_grad()
@@ -210,8 +217,10 @@ class TruncatedLoRALinear(nn.Module):
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         increment = torch.zeros(self.out_features, self.in_features, device=self.lora_A.device, dtype=dtype)
         A, B, mask = self._factors(self.rank_mask)
-        for (start, stop), (A_i, B_i) in zip(self.out_slices, self.split(A, B), strict=True):
-            increment[start:stop] = self.scaling * (B_i.to(dtype) * mask) @ A_i.to(dtype)
+        # Autocast would multiply in half precision.
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            for (start, stop), (A_i, B_i) in zip(self.out_slices, self.split(A, B), strict=True):
+                increment[start:stop] = self.scaling * (B_i.to(dtype) * mask) @ A_i.to(dtype)
         return increment
 
     @torch.no_grad()

@@ -1,7 +1,9 @@
 """The model card of an adapter: what it was trained on, its ranks, its scores."""
 
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +19,9 @@ def model_card(ranks: Mapping[str, int], config: Mapping[str, Any], facts: Mappi
         Markdown.
     """
     base = config["base_model_name_or_path"]
+    if base is not None and (Path(base).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)):
+        # The Hub refuses a card that names a folder of somebody's machine.
+        base = None
     metadata = {"base_model": base, "library_name": "peft", "tags": ["lora", "la-lora", "lalora-lightning"]}
     # JSON is YAML.
     front = [f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value is not None]
@@ -50,6 +55,11 @@ def model_card(ranks: Mapping[str, int], config: Mapping[str, Any], facts: Mappi
     )
 
 
+def is_model_card(text: str) -> bool:
+    """Whether a README is a card that :func:`model_card` wrote, and nobody's own."""
+    return text.startswith("---") and "lalora-lightning" in text.partition("\n---\n")[0]
+
+
 def _table(header: list[str], rows: Mapping[str, Any]) -> list[str]:
     cells = [header, ["---", "---"], *([name, str(value)] for name, value in rows.items())]
-    return [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in cells]
+    return [f"| {' | '.join(' '.join(cell.replace('|', '&#124;').split()) for cell in row)} |" for row in cells]

@@ -15,13 +15,29 @@ from torch import Tensor, nn
 from lalora_lightning.adapters import insert_layers, lora_layers, require_lora_layers, summarize
 from lalora_lightning.base_linear import is_conv1d, is_linear, linear_shape
 from lalora_lightning.layers import TruncatedLoRALinear
-from lalora_lightning.model_card import model_card
+from lalora_lightning.model_card import is_model_card, model_card
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 # PEFT wraps a model twice.
 _PREFIX = "base_model.model."
 # What changes the function of a PEFT adapter, and has no counterpart here.
-_UNKNOWN_SETTINGS = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "use_qalora", "use_bdlora")
+_UNKNOWN_SETTINGS = (
+    "use_dora",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_qalora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "lora_ga_config",
+    "monteclora_config",
+    "velora_config",
+)
+# Starts that leave the base weights as they are; the others take something off them.
+_KNOWN_STARTS = ("True", "False", "gaussian", "eva", "orthogonal")
 
 
 def save_peft_adapter(
@@ -42,7 +58,7 @@ def save_peft_adapter(
         model: The adapted model itself, not the LightningModule around it: names have to be those of the base model.
         folder: New or empty.
         uniform: Pad all adapters with zero components to the highest rank, for readers that know one rank only.
-        overwrite: Replace an adapter that is there.
+        overwrite: Replace an adapter that is there, with its model card; another ``README.md`` stays.
         facts: What else the model card shall say, such as ``{"accuracy": 0.87, "gamma": 2.0}``.
 
     Raises:
@@ -69,7 +85,7 @@ def save_peft_adapter(
 
     factors = {name: layer.folded() for name, layer in layers.items()}
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
-    own_ranks, highest = ranks, max(ranks.values())
+    highest = max(ranks.values())
     if uniform:
         factors = {name: _padded(A, B, highest) for name, (A, B) in factors.items()}
         ranks = dict.fromkeys(ranks, highest)
@@ -96,7 +112,8 @@ def save_peft_adapter(
         "bias": "none",
         "inference_mode": True,
     }
-    _write(folder, config, tensors, model_card(own_ranks, config, facts or {}))
+    in_force = {name: int(layer.rank) for name, layer in layers.items()}
+    _write(folder, config, tensors, model_card(in_force, config, facts or {}))
 
 
 def push_peft_adapter(
@@ -108,6 +125,8 @@ def push_peft_adapter(
     token: str | None = None,
 ) -> str:
     """Upload what :func:`save_peft_adapter` writes to the Hub, as one commit; the repository is made if there is none.
+
+    Files of these names that are there are replaced, ``README.md`` among them.
 
     Args:
         model: As of :func:`save_peft_adapter`, like ``uniform`` and ``facts``.
@@ -207,6 +226,8 @@ def _layer(module: nn.Module, pair: Mapping[str, Tensor], scaling: float, highes
     A, B = pair["A"], pair["B"]
     m, d = linear_shape(module)
     rank = len(A)
+    if rank > min(m, d):
+        raise ValueError(f"its rank of {rank} is more than the weight's smaller side of {min(m, d)}")
     if A.shape != (rank, d) or B.shape != (m, rank):
         raise ValueError(
             f"expected lora_A and lora_B of shapes ({rank}, {d}) and ({m}, {rank}) but got {tuple(A.shape)} and "
@@ -226,7 +247,10 @@ def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], car
     half_written = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
     save_file(tensors, half_written, metadata={"format": "pt"})
     half_written.replace(folder / WEIGHTS_FILE)
-    for name, text in ((CARD_FILE, card), (CONFIG_FILE, json.dumps(config, indent=2) + "\n")):
+    texts = {CONFIG_FILE: json.dumps(config, indent=2) + "\n"}
+    if not (folder / CARD_FILE).exists() or is_model_card((folder / CARD_FILE).read_text()):
+        texts[CARD_FILE] = card
+    for name, text in texts.items():
         half_written.write_text(text)
         half_written.replace(folder / name)
 
@@ -261,9 +285,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"Expected an adapter of PEFT in {folder} but it cannot be read ({error}).") from error
     unknown = [key for key in _UNKNOWN_SETTINGS if config.get(key)]
-    start = str(config.get("init_lora_weights", ""))
-    if start.startswith(("pissa", "olora", "corda", "loftq")):
-        # They change the base weights as well.
+    start = str(config.get("init_lora_weights", True))
+    if start not in _KNOWN_STARTS:
         unknown.append(f"init_lora_weights={start}")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unknown:
         kind = ", ".join([str(config.get("peft_type")), f"bias={config.get('bias')}", *unknown])

@@ -94,4 +94,6 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         state = None if self.allocator is None else self.allocator.state_dict()
         if state is not None:
             state = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in state.items()}
-        return {"args": self.settings, "attributes": {"restored": state}}
+        # A function cannot be written; where it is missed, the layers' names do not fit, and that is an error.
+        settings = {key: value for key, value in self.settings.items() if not callable(value)}
+        return {"args": settings, "attributes": {"restored": state}}

@@ -9,6 +9,7 @@ from torchvision.models import VisionTransformer
 
 from lalora_lightning import (
     RankAllocator,
+    TruncatedLoRALinear,
     add_lora,
     load_lora_state_dict,
     lora_layers,
@@ -161,3 +162,16 @@ def test_export_to_peft_is_refused_with_the_way_out(tmp_path):
     with pytest.raises(ValueError, match=r"all or nothing; use lora_state_dict"):
         save_peft_adapter(adapted_encoder(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_increment_is_multiplied_out_once_a_forward(training, monkeypatch):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True)})
+    add_lora(model, rank=2, modules_to_save=[])
+    calls = []
+    increment = TruncatedLoRALinear.increment
+    monkeypatch.setattr(TruncatedLoRALinear, "increment", lambda self: calls.append(self) or increment(self))
+    model.train(training)
+    model["attention"](X, X, X)
+    assert len(calls) == 1
+    assert model["attention"]._weight_in_effect is None

@@ -612,3 +612,57 @@ def test_variants_reach_the_layers(tmp_path):
     assert (layer.init, layer.scaling, layer.random_rank) == ("pissa", 8.0, True)
     assert torch.equal(layer.lora_A, layer.start_A)
     assert not torch.equal(layer.lora_B, layer.start_B)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"dropout": 0.2}, {"random_rank": True}], ids=["plain", "dropout", "random rank"]
+)
+def test_a_run_at_fixed_ranks_resumes_as_if_it_had_never_stopped(settings, tmp_path):
+    def run(folder, epochs, ckpt_path=None):
+        torch.manual_seed(0)
+        task, callback = Task(), LaLoraCallback(rank=4, fixed_ranks=True, **settings)
+        trainer = new_trainer(folder, callback, max_epochs=epochs)
+        trainer.fit(task, DataLoader(loader().dataset, batch_size=4, shuffle=True), ckpt_path=ckpt_path)
+        return trainer, task
+
+    _, whole = run(tmp_path, 4)
+    trainer, _ = run(tmp_path, 2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    _, resumed = run(tmp_path, 4, tmp_path / "half.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_fixed_ranks_are_the_maximum_after_a_run_at_adaptive_ones(tmp_path):
+    task = Task()
+    new_trainer(tmp_path, LaLoraCallback(rank=4, gamma=0.0)).fit(task, loader())
+    assert {int(layer.rank) for layer in lora_layers(task).values()} == {1}
+    callback = LaLoraCallback(rank=4, fixed_ranks=True)
+    new_trainer(tmp_path, callback).fit(task, loader())
+    assert {int(layer.rank) for layer in lora_layers(task).values()} == {4}
+    with pytest.raises(RuntimeError, match="its ranks are fixed"):
+        callback.plot()
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_checkpoint_of_adaptive_ranks_is_none_of_fixed_ones(fixed, tmp_path):
+    trainer = new_trainer(tmp_path, LaLoraCallback(rank=4, fixed_ranks=not fixed))
+    trainer.fit(Task(), loader())
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="set fixed_ranks as in that run"):
+        new_trainer(tmp_path, LaLoraCallback(rank=4, fixed_ranks=fixed)).fit(
+            Task(), loader(), ckpt_path=tmp_path / "other.ckpt"
+        )
+
+
+def test_a_pattern_needs_a_module_that_is_not_adapted_yet(tmp_path):
+    task = Task()
+    add_lora(task, rank=4)
+    with pytest.raises(ValueError, match="give the pattern to add_lora as rank_pattern"):
+        new_trainer(tmp_path, LaLoraCallback(rank=4, fixed_ranks={"blocks.1": 2})).fit(task, loader())
+    callback = LaLoraCallback(rank=4, fixed_ranks={"blocks.1": 2})
+    task = Task()
+    for _ in range(2):
+        # Its own layers are no other's.
+        new_trainer(tmp_path, callback).fit(task, loader())
+    assert task.model.blocks[1].query.max_rank == 2

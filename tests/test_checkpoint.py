@@ -273,3 +273,10 @@ def test_numbers_of_another_kind_are_refused(adapted: TinyTransformer, dtype: to
     state["blocks.0.query.lora_A"] = state["blocks.0.query.lora_A"].to(dtype)
     with pytest.raises(ValueError, match=r"lora_A to hold numbers like torch.float32 but got torch."):
         load_lora_state_dict(fresh(), state)
+
+
+def test_a_state_without_a_head_says_how_it_can_be_loaded():
+    model = TinyTransformer()
+    add_lora(model, rank=2, modules_to_save=[])
+    with pytest.raises(ValueError, match=r"missing keys: head\.weight, head\.bias\. .*\(modules_to_save\) first"):
+        load_lora_state_dict(TinyTransformer(), lora_state_dict(model))

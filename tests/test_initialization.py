@@ -58,7 +58,7 @@ def test_pissa_takes_the_largest_singular_values():
 def test_milora_takes_the_smallest_singular_values():
     A, B = milora(torch.diag(torch.tensor([4.0, 1.0, -9.0])), rank=2, scaling=0.25)
     torch.testing.assert_close(0.25 * B @ A, torch.diag(torch.tensor([4.0, 1.0, 0.0])))
-    torch.testing.assert_close(A.norm(dim=1), torch.tensor([4.0, 2.0]))
+    torch.testing.assert_close(A.norm(dim=1), torch.tensor([2.0, 4.0]))
 
 
 def test_olora_takes_orthonormal_columns():
@@ -271,9 +271,10 @@ def test_a_pattern_fixes_maximum_ranks():
     [
         ({"rank_pattern": {"block": 2}}, r"parts of the adapted projections' names but block is in none of"),
         (
-            {"rank_pattern": {"blocks.1": 5}},
-            r"Cannot adapt blocks\.1\.query.* to be in \[1, 4\] but got 5",
+            {"rank_pattern": {"blocks.1": 9}},
+            r"Cannot adapt blocks\.1\.query.* to be in \[1, 8\].* but got 9",
         ),
+        ({"rank_pattern": {"blocks.1": 2.5}}, r"Cannot adapt blocks\.1\.query.* whole but got 2\.5"),
         ({"init": "svd"}, r"Cannot adapt .*Expected init to be one of .* but got 'svd'"),
     ],
 )
@@ -289,3 +290,60 @@ def test_a_state_with_a_start_does_not_fit_a_model_without():
     add_lora(model, rank=4, alpha=8.0)
     with pytest.raises(ValueError, match=r"unknown keys: blocks\.0\.query\.start_A"):
         load_lora_state_dict(model, lora_state_dict(trained("pissa")))
+
+
+def test_a_reset_after_loading_a_start_gives_the_base_again():
+    model = TinyTransformer()
+    base = copy.deepcopy(model.blocks)
+    load_lora_state_dict(model, lora_state_dict(trained("pissa")))
+    for layer in lora_layers(model).values():
+        layer.reset_parameters()
+    for block, plain in zip(model.blocks, base, strict=True):
+        torch.testing.assert_close(block(X), plain(X))
+
+
+def test_a_pattern_starts_from_the_singular_values_of_its_own_rank():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    with torch.no_grad():
+        model["a"].weight.copy_(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])))
+    settings = {"target_modules": ["a"], "modules_to_save": [], "init": "milora"}
+    add_lora(model, rank=2, alpha=2.0, rank_pattern={"a": 1}, **settings)
+    torch.testing.assert_close(model["a"].start_B @ model["a"].start_A, torch.diag(torch.tensor([0.0, 0.0, 0.0, 1.0])))
+    assert model["a"].scaling == 1.0
+
+
+def test_a_pattern_may_be_below_a_rank_that_a_narrow_layer_cannot_have():
+    model = nn.ModuleDict({"wide": nn.Linear(8, 8), "narrow": nn.Linear(8, 2)})
+    add_lora(model, rank=4, target_modules=["wide", "narrow"], modules_to_save=[], rank_pattern={"narrow": 2})
+    assert model["narrow"].max_rank == 2
+
+
+@pytest.mark.parametrize("init", ["pissa", "milora"])
+def test_a_weight_without_enough_rank_is_no_start(init):
+    base = nn.Linear(6, 6)
+    nn.init.zeros_(base.weight)
+    with pytest.raises(ValueError, match=r"Expected a weight of rank 2 at least to start from .* never learns"):
+        TruncatedLoRALinear(base, rank=2, init=init)
+
+
+def test_a_start_on_the_meta_device_is_refused():
+    with torch.device("meta"):
+        model = TinyTransformer()
+    with pytest.raises(ValueError, match=r"init='pissa' .*meta device"):
+        add_lora(model, rank=2, init="pissa")
+
+
+def test_the_summary_counts_what_is_trained():
+    model = TinyTransformer()
+    summary = add_lora(model, rank=4, freeze_A=True)
+    assert summary.adapter_parameters == 6 * 4 * 8
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert summary.trainable_share == trainable / sum(p.numel() for p in model.parameters())
+
+
+def test_an_increment_is_multiplied_out_in_float32_under_autocast():
+    layer = TruncatedLoRALinear(nn.Linear(64, 64), rank=8)
+    nn.init.normal_(layer.lora_B)
+    expected = layer.increment()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.increment(), expected)

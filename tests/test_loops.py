@@ -138,6 +138,15 @@ def test_transformers_trainer_resumes_as_if_it_had_never_stopped(tmp_path: Path,
         assert torch.equal(own.rank, other.rank)
 
 
+def test_transformers_trainer_saves_and_resumes_with_a_grouping_function(tmp_path: Path):
+    for epochs in (1, 2):
+        callback = LaLoraTrainerCallback(group_by=lambda name: name.rpartition(".")[2])
+        trainer = new_transformers_trainer(tmp_path, callback, num_train_epochs=epochs, save_strategy="epoch")
+        trainer.train(resume_from_checkpoint=epochs == 2)
+    assert callback.allocator.layer_names == ["query", "value"]
+    assert callback.allocator.steps == 14
+
+
 def test_transformers_trainer_resumes_only_its_own_runs(tmp_path: Path):
     new_transformers_trainer(tmp_path, num_train_epochs=1, save_strategy="epoch").train()
     trainer = new_transformers_trainer(tmp_path, LaLoraTrainerCallback(), num_train_epochs=2)

@@ -227,6 +227,7 @@ def adapter_of_peft(folder: Path, **settings: Any) -> Path:
         ({"use_dora": True}, "use_dora"),
         ({"bias": "lora_only"}, "bias=lora_only"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
     ],
 )
 def test_adapters_of_other_kinds_are_refused(tmp_path: Path, settings: dict[str, Any], message: str):
@@ -334,3 +335,28 @@ def test_without_a_network_the_hub_is_named_in_the_error(monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"'me/adapter' to be a folder or a repository on the Hub"):
         load_peft_adapter(build("roberta"), "me/adapter")
+
+
+def test_a_card_names_no_folder_of_this_machine(tmp_path: Path):
+    model = trained("llama")
+    model.config._name_or_path = str(tmp_path)
+    save_peft_adapter(model, tmp_path / "adapter")
+    assert str(tmp_path) not in (tmp_path / "adapter" / "README.md").read_text()
+    assert ModelCard.load(tmp_path / "adapter" / "README.md").data.base_model is None
+
+
+def test_overwriting_keeps_a_readme_of_somebody_s_own(tmp_path: Path):
+    (tmp_path / "README.md").write_text("My project.")
+    save_peft_adapter(trained("llama"), tmp_path, overwrite=True)
+    assert (tmp_path / "README.md").read_text() == "My project."
+    save_peft_adapter(trained("llama"), tmp_path / "other", facts={"accuracy": 0.1})
+    save_peft_adapter(trained("llama"), tmp_path / "other", overwrite=True, facts={"accuracy": 0.2})
+    assert "| accuracy | 0.2 |" in (tmp_path / "other" / "README.md").read_text()
+
+
+def test_a_rank_above_the_weight_s_is_told(tmp_path: Path):
+    model = build("llama")
+    add_lora(model, rank=12, init="pissa", target_modules=["q_proj"])
+    save_peft_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="its rank of 24 is more than the weight's smaller side of 16"):
+        load_peft_adapter(build("llama"), tmp_path)

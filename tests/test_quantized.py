@@ -202,3 +202,32 @@ def test_a_model_that_transformers_quantised(bits, family, tmp_path):
     assert len(layers) == (4 if family == "llama" else 2)
     assert all(layer.lora_B.grad.any() for layer in layers.values())
     assert {key.rpartition(".")[2] for key in lora_state_dict(model)} == {"lora_A", "lora_B", "rank", "_extra_state"}
+
+
+@both
+def test_quantised_modules_cannot_be_trained_in_full(bits):
+    model = quantized_model(bits)
+    with pytest.raises(ValueError, match=r"trained in full but blocks\.0\.key hold quantised weights"):
+        add_lora(model, rank=4, modules_to_save=["blocks.0.key"])
+    assert not lora_layers(model)
+    assert model.head.weight.requires_grad
+
+
+@both
+def test_a_whole_state_loads(bits):
+    model, other = quantized_model(bits), quantized_model(bits)
+    add_lora(model, rank=4)
+    add_lora(other, rank=4)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    load_lora_state_dict(other, model.state_dict())
+    torch.testing.assert_close(other(X), model(X))
+
+
+def test_a_start_before_quantisation_is_that_of_the_weight():
+    linear = nn.Linear(64, 64)
+    base = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
+    base.load_state_dict(linear.state_dict(), strict=False)
+    layer = TruncatedLoRALinear(base, rank=2, alpha=2.0, init="pissa")
+    U, S, Vh = torch.linalg.svd(linear.weight)
+    torch.testing.assert_close(layer.lora_B @ layer.lora_A, U[:, :2] * S[:2] @ Vh[:2])
