@@ -145,8 +145,6 @@ class LaLoraCallback(pl.Callback):
         self._started = 0.0
         # The Trainer's step that was acted on last; None before a run.
         self._last_step: int | None = None
-        # Whether a run has begun, so that there is a state to save and to restore into.
-        self._fitted = False
         self._skipped = 0
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Tensor] | None = None
@@ -159,7 +157,6 @@ class LaLoraCallback(pl.Callback):
             # What was kept of another module's run is no part of this one's.
             self.allocator, self.history, self._skipped = None, [], 0
             self._last_step = self._restored = self._random = None
-            self._fitted = False
         if self._module is not pl_module and isinstance(self.fixed_ranks, Mapping) and lora_layers(pl_module):
             raise ValueError(
                 "Expected a module without LoRA layers, to adapt at the ranks of fixed_ranks, but it has some; give "
@@ -208,9 +205,8 @@ class LaLoraCallback(pl.Callback):
                     layer.set_rank(layer.max_rank)
         elif self.allocator is None:
             self.allocator = self._build_allocator(trainer, pl_module)
-        self._fitted = True
         if self._restored is not None:
-            self.load_state_dict(self._restored)
+            self._restore(self._restored)
         if trainer.ckpt_path is None:
             # What was restored, if anything, was for a test.
             self._last_step = self._random = None
@@ -281,7 +277,7 @@ class LaLoraCallback(pl.Callback):
         return plot_rank_trajectories(Run(self.allocator.layer_names, self.allocator.max_rank, steps, ranks, budgets))
 
     def state_dict(self) -> dict[str, Any]:
-        if not self._fitted:
+        if not self._has_state:
             return self._restored or {}
         return {
             "allocator": None if self.allocator is None else self.allocator.state_dict(),
@@ -296,9 +292,17 @@ class LaLoraCallback(pl.Callback):
         Raises:
             ValueError: It is none of this callback's, or of a run with other layers or settings.
         """
-        if not self._fitted:
+        if self._has_state:
+            self._restore(state_dict)
+        else:
             self._restored = state_dict or None
-            return
+
+    @property
+    def _has_state(self) -> bool:
+        """Whether fit has begun."""
+        return self.allocator is not None or self._last_step is not None
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
         _check_state(state_dict)
         if (state_dict["allocator"] is None) != (self.allocator is None):
             kinds = ("adaptive", "fixed") if self.allocator is not None else ("fixed", "adaptive")

@@ -1,10 +1,14 @@
+import os
+
+# The suite runs in two processes; threads of their own, also of what they start, would only get in each other's way.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from torch import nn
 
 from lalora_lightning import TruncatedLoRALinear, add_lora
 
-# The suite runs in two processes; threads of their own would only get in each other's way.
 torch.set_num_threads(1)
 
 
