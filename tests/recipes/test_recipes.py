@@ -1,7 +1,10 @@
 """The recipes as a user runs them, cut short."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,19 +17,40 @@ import torch
 from tests.data.test_image import write
 
 
-def recipe(
-    name: str, *arguments: str, cwd: Path, check: bool = True, **environment: str
-) -> subprocess.CompletedProcess:
+def recipe(name: str, *arguments: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess:
+    """Run it as ``python -m`` would, here, where its imports are done already."""
+    module = f"recipes.{name}"
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [module, *arguments])
+        for silencer in ("recipes.cli.quiet", "recipes.reporting.quiet"):
+            # It would go on for the tests that follow.
+            patch.setattr(silencer, lambda: None)
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+    assert not check or code == 0, err.getvalue()
+    return subprocess.CompletedProcess([module, *arguments], code, out.getvalue(), err.getvalue())
+
+
+def recipe_offline(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run it as a user without a network does, in a process of its own, which reads that at its start."""
     root = Path(__file__).parents[2]
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", f"recipes.{name}", *arguments],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(root), "HF_HOME": str(cwd / "hub"), **environment},
+        env={**os.environ, "PYTHONPATH": str(root), "HF_HOME": str(cwd / "hub"), "HF_HUB_OFFLINE": "1"},
     )
-    assert not check or done.returncode == 0, done.stderr
-    return done
 
 
 def test_digits(tmp_path: Path):
@@ -86,7 +110,7 @@ def test_another_method_with_settings_of_its_own(tmp_path: Path):
 
 
 def test_vit_cifar100_without_network_and_data(tmp_path: Path):
-    done = recipe("vit_cifar100", cwd=tmp_path, check=False, HF_HUB_OFFLINE="1")
+    done = recipe_offline("vit_cifar100", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: Cannot load the data set 'uoft-cs/cifar100'")
@@ -95,7 +119,7 @@ def test_vit_cifar100_without_network_and_data(tmp_path: Path):
 
 def test_vit_cifar100_without_network_and_weights(tmp_path: Path):
     data = write(tmp_path / "data", train=20, test=6)
-    done = recipe("vit_cifar100", f"--data.path={data}", cwd=tmp_path, check=False, HF_HUB_OFFLINE="1")
+    done = recipe_offline("vit_cifar100", f"--data.path={data}", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "--model.checkpoint" in done.stderr.strip().splitlines()[-1]
