@@ -5,7 +5,7 @@
     python -m recipes.compare --tasks digits --methods lora lalora --learning_rates 1e-3 3e-3 1e-2
 
 Each run is added to a file of JSON lines as soon as it is done, and is not done again. At the end the tables stand
-beside it as Markdown and CSV.
+beside it as Markdown and CSV, with a picture of each.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jsonargparse import ArgumentParser
 
 import lalora_lightning
 from recipes.benchmarking import machine
-from recipes.comparison import Record, append_record, markdown, read_records, run_key, summarize, write_csv
+from recipes.comparison import Record, append_record, markdown, pictures, read_records, run_key, summarize, write_csv
 from recipes.digits import NamedProgressBar
 from recipes.measuring import PeakMemory, ValidationScores
 from recipes.methods import METHODS, method_label, parse_method
@@ -102,7 +102,11 @@ def compare(
     tables = markdown(rows)
     output.with_suffix(".md").write_text(tables)
     write_csv(output.with_suffix(".csv"), rows)
-    print(f"\n{tables}\n{output}, {output.with_suffix('.md').name}, {output.with_suffix('.csv').name}")
+    files = [output.with_suffix(".md"), output.with_suffix(".csv")]
+    for name, figure in pictures(rows).items():
+        files.append(output.with_name(f"{output.stem}-{name}.png"))
+        figure.savefig(files[-1], dpi=120)
+    print(f"\n{tables}\n{output}, {', '.join(file.name for file in files)}")
 
 
 def search_learning_rate(task: Task, plan: Record, done: dict[str, Record], output: Path) -> float:

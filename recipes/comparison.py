@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
+
+from lalora_lightning.plotting import plot_comparison
 
 Record = dict[str, Any]
 # What the differences are taken to.
@@ -52,6 +55,7 @@ class Row:
         method: Name and settings.
         metric: Name of the score.
         seeds: Number of runs.
+        scores: Of each run.
         score: Their mean.
         spread: Their standard deviation; none of a single run.
         trainable_parameters: While training.
@@ -73,6 +77,7 @@ class Row:
     method: str
     metric: str
     seeds: int
+    scores: tuple[float, ...]
     score: float
     spread: float | None
     trainable_parameters: int
@@ -132,7 +137,21 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Row)])
         writer.writeheader()
         for row in rows:
-            writer.writerow({**dataclasses.asdict(row), "ranks": " ".join(f"{rank:g}" for rank in row.ranks)})
+            numbers = {"scores": row.scores, "ranks": row.ranks}
+            lists = {name: " ".join(f"{number:g}" for number in values) for name, values in numbers.items()}
+            writer.writerow({**dataclasses.asdict(row), **lists})
+
+
+def pictures(rows: Sequence[Row]) -> dict[str, Figure]:
+    """One picture of the scores for each comparison, by the task's name, with a number where there are several."""
+    figures: dict[str, Figure] = {}
+    for comparison in _group([dataclasses.asdict(row) for row in rows], _SAME_COMPARISON):
+        name = comparison[0]["task"].replace("/", "-")
+        if name in figures:
+            name += f"-{sum(other.startswith(name) for other in figures) + 1}"
+        metric = comparison[0]["metric"].removeprefix("test/")
+        figures[name] = plot_comparison({row["method"]: row["scores"] for row in comparison}, f"{metric}, %")
+    return figures
 
 
 def _row(runs: list[Record], reference: dict[int, float]) -> Row:
@@ -149,6 +168,7 @@ def _row(runs: list[Record], reference: dict[int, float]) -> Row:
         method=first["label"],
         metric=first["metric"],
         seeds=len(runs),
+        scores=tuple(scores),
         score=statistics.mean(scores),
         spread=statistics.stdev(scores) if len(scores) > 1 else None,
         trainable_parameters=first["trainable_parameters"],

@@ -205,6 +205,19 @@ def test_other_settings_of_a_task_are_another_comparison():
     ]
 
 
+def test_a_picture_of_each_comparison():
+    longer = [{**entry, "task_settings": {"steps": 9}} for entry in RECORDS[:2]]
+    figures = comparison.pictures(summarize([*RECORDS, *longer]))
+    assert len(figures) == len({(row.task, row.task_settings) for row in summarize([*RECORDS, *longer])})
+    assert "digits" in figures
+    assert "digits-2" in figures
+    axes = figures["digits"].axes[0]
+    assert axes.get_yticklabels()[0].get_text() == "lora"
+    drawn = sorted(value for line in axes.lines[:1] for value in line.get_xdata())
+    own = [100 * r["score"] for r in RECORDS if (r["task"], r["label"], r["searched"]) == ("digits", "lora", None)]
+    assert drawn == pytest.approx(sorted(own))
+
+
 def test_the_reference_is_the_newest_of_its_name():
     rows = summarize([*RECORDS[:2], {**record("digits", "lora", 0, 0.51), "settings": {"new": True}}])
     assert [row.difference for row in rows] == pytest.approx([-1, 1, 0])
