@@ -16,6 +16,7 @@ from lalora_lightning.adapters import (
     named_modules,
     remove_layers,
     require_lora_layers,
+    shared_parts,
 )
 from lalora_lightning.base_linear import is_quantized
 from lalora_lightning.layers import TruncatedLoRALinear
@@ -40,7 +41,8 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | Path
 
     A model without LoRA layers gets those that the state describes. They and the head are trainable then, and whatever
     else an adapter-only state holds; dropout, a setting of training, is none. ``load_lora_state_dict(Classifier(),
-    "best.ckpt")`` needs to know nothing of the run, only the backbone has to be the same.
+    "best.ckpt")`` needs to know nothing of the run, only the backbone has to be the same. A state of a module that held
+    the model in one of its attributes, as a LightningModule does, goes into the model itself, too.
 
     Args:
         model: With the layers the state was taken from, or without any.
@@ -52,6 +54,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | Path
     """
     if not isinstance(state, Mapping):
         state = _read(state)
+    state = _from_root(model, state)
     if lora_layers(model):
         check_state(model, state)
     else:
@@ -123,6 +126,21 @@ def frozen_names(model: nn.Module) -> set[str]:
     """Names of the frozen parameters, without adapters."""
     factors = {f"{name}.{factor}".lstrip(".") for name in lora_layers(model) for factor in ("lora_A", "lora_B")}
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} - factors
+
+
+def _from_root(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The state without what all its keys have in front, where the model has the layers by their names after that."""
+    modules = named_modules(model)
+    layers = [str(key).removesuffix(".lora_B") for key in state if str(key).endswith(".lora_B")]
+    prefix = ""
+    for part in shared_parts(map(str, state)):
+        if any(name in modules for name in layers):
+            break
+        prefix += f"{part}."
+        layers = [name.removeprefix(f"{part}.") for name in layers]
+    if not prefix or not any(name in modules for name in layers):
+        return state
+    return {str(key).removeprefix(prefix): value for key, value in state.items()}
 
 
 def _quantization_keys(model: nn.Module, state: Mapping[str, Any]) -> set[str]:

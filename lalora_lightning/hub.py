@@ -34,6 +34,7 @@ def load_splits(
 
     where = path if name is None else f"{path}/{name}"
     try:
+        _refuse_missing_folder(path)
         loaded = datasets.load_dataset(where) if Path(path).is_dir() else datasets.load_dataset(path, name)
     except (OSError, ValueError) as error:
         # Of both there are many kinds: unreachable, offline, not found, no such configuration, no data files.
@@ -68,12 +69,19 @@ def load_pretrained(auto_class: Any, name: str, **arguments: Any) -> Any:
         FileNotFoundError: The model cannot be reached or found, or is of a kind that the class does not know.
     """
     try:
+        _refuse_missing_folder(name)
         return auto_class.from_pretrained(name, **arguments)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"Cannot load {name!r} by {auto_class.__name__} ({_first_line(error)}). Without a network, give "
             "--model.name a local model folder."
         ) from error
+
+
+def _refuse_missing_folder(name: str) -> None:
+    """No name on the Hub begins like a path; that there is no network would be the wrong reason."""
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        raise FileNotFoundError("there is no such folder")
 
 
 def _first_line(error: Exception) -> str:

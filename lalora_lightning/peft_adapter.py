@@ -66,6 +66,7 @@ def save_peft_adapter(
             which PEFT cannot save.
         FileExistsError: The folder is not empty.
     """
+    _require_model_itself(model)
     layers = require_lora_layers(model)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
@@ -169,6 +170,7 @@ def load_peft_adapter(
         FileNotFoundError: The folder lacks one of the files, or there is no such repository, or no network.
         ValueError: The adapter is of another kind, is damaged, or does not fit the model; nothing has changed then.
     """
+    _require_model_itself(model)
     if lora_layers(model):
         raise ValueError("Expected a model without LoRA layers but it has some already.")
     config, tensors = _read(_local(folder, revision, token))
@@ -201,6 +203,15 @@ def load_peft_adapter(
         raise ValueError(f"Cannot adapt the model by {folder}: {'; '.join(problems)}.")
     insert_layers(model, layers, [p for name, p in model.named_parameters() if name in saved])
     model.load_state_dict(saved, strict=False)
+
+
+def _require_model_itself(model: nn.Module) -> None:
+    # By name: the core knows no Lightning.
+    if any(kind.__name__ == "LightningModule" for kind in type(model).__mro__):
+        raise ValueError(
+            f"Expected the model itself but got the LightningModule {type(model).__name__}, whose names of layers no "
+            "base model has; give the attribute that holds the model, such as module.model."
+        )
 
 
 def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:

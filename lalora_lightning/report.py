@@ -108,6 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     default = options.source / "report" if options.source.is_dir() else options.source.with_suffix(".report")
     try:
         print(write_report(options.source, options.output or default))
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: Expected {error.name}, which draws and reads, but it is missing; pip install {error.name}.")
     except (OSError, ValueError, ImportError) as error:
         sys.exit(f"error: {error}")
 

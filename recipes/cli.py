@@ -135,7 +135,9 @@ def run(
     (folder / "report.json").write_text(json.dumps(report, indent=2))
     rows = [[key, f"{value:.4g}" if isinstance(value, float) else str(value)] for key, value in report.items()]
     print("\n" + table([files[-1].stem, ""], rows))
-    print(f"\nLogs, settings, report and weights: {folder}")
+    print(f"\nLogs, settings, report.json and weights: {folder}")
+    if "ranks" in report:
+        print(f"A page with pictures of the ranks: python -m lalora_lightning.report {folder}")
 
 
 def summarize_run(trainer: pl.Trainer, model: pl.LightningModule, scores: Any, seconds: float) -> dict[str, Any]:

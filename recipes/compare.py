@@ -201,4 +201,4 @@ if __name__ == "__main__":
     try:
         compare(task_settings=settings, **arguments)
     except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error} Here the options are --model, --glue_path and --cifar10_path.")

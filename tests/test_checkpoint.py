@@ -1,5 +1,6 @@
 """Adapter-only state: what is in it, round trips, and all that can be wrong with one."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -280,3 +281,18 @@ def test_a_state_without_a_head_says_how_it_can_be_loaded():
     add_lora(model, rank=2, modules_to_save=[])
     with pytest.raises(ValueError, match=r"missing keys: head\.weight, head\.bias\. .*\(modules_to_save\) first"):
         load_lora_state_dict(TinyTransformer(), lora_state_dict(model))
+
+
+def test_a_state_of_a_module_around_the_model_goes_into_the_model_itself():
+    base = TinyTransformer()
+    adapted, plain, other = (copy.deepcopy(base) for _ in range(3))
+    add_lora(adapted, rank=4)
+    add_lora(other, rank=4)
+    for layer in lora_layers(adapted).values():
+        nn.init.normal_(layer.lora_B)
+    state = lora_state_dict(nn.ModuleDict({"model": adapted}))
+    assert all(key.startswith("model.") for key in state)
+    x = torch.randn(2, 5, 8)
+    for model in (plain, other):
+        load_lora_state_dict(model, state)
+        torch.testing.assert_close(model(x), adapted(x))

@@ -19,6 +19,13 @@ def test_every_plot_is_shown_or_named():
     assert named == {name for name in vars(plotting) if name.startswith("plot_")}
 
 
+def test_rows_of_tables_stand_in_one():
+    for page in [*DOCS.glob("*.md"), *DOCS.parent.glob("*.md"), *DOCS.parent.glob("recipes/*.md")]:
+        for table in re.findall(r"(?:^\|[ :-].*\n)+", page.read_text(), re.MULTILINE):
+            header, line, *_ = [*table.splitlines(), "a lone row"]
+            assert set(line) <= set("|-: "), f"{page.name}: {header}"
+
+
 def test_pictures_and_pages_linked_to_exist():
     for page in DOCS.glob("*.md"):
         for target in re.findall(r"\]\(([^):#]+)[^):]*\)", page.read_text()):

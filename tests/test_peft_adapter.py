@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import timm
 import torch
@@ -360,3 +361,11 @@ def test_a_rank_above_the_weight_s_is_told(tmp_path: Path):
     save_peft_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="its rank of 24 is more than the weight's smaller side of 16"):
         load_peft_adapter(build("llama"), tmp_path)
+
+
+def test_a_lightning_module_is_not_the_model_itself(tmp_path: Path):
+    module = L.LightningModule()
+    module.model = trained("roberta")
+    for function in (save_peft_adapter, load_peft_adapter):
+        with pytest.raises(ValueError, match=r"got the LightningModule .* such as module\.model"):
+            function(module, tmp_path)
