@@ -1,5 +1,6 @@
 """Methods that the peft library implements, put into a model in place, and AdaLoRA's allocator as a callback."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,6 +101,12 @@ def add_prefix(module: nn.Module, tokens: int = 16) -> list[pl.Callback]:
     """Learnt keys and values of ``tokens`` virtual tokens before every block's own, without reparameterisation."""
     from peft import PrefixTuningConfig
 
+    backbone = _text_classifier(module).base_model
+    if "past_key_values" not in inspect.signature(backbone.forward).parameters:
+        # Encoders of transformers before 5.24 have the argument; since then it is called cache.
+        raise NotApplicableError(
+            f"peft gives a prefix as past_key_values and the forward of {type(backbone).__name__} takes none"
+        )
     _wrap(module, PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=tokens))
     return []
 
@@ -236,12 +243,16 @@ def _wrap(module: nn.Module, config: Any) -> None:
     """Put peft's wrapper around the transformers model in ``module.model``; it trains the prompt and the head."""
     from peft import get_peft_model
 
+    module.model = get_peft_model(_text_classifier(module), config)
+
+
+def _text_classifier(module: nn.Module) -> PreTrainedModel:
     model = getattr(module, "model", None)
     if not isinstance(model, PreTrainedModel) or "SequenceClassification" not in type(model).__name__:
         raise NotApplicableError(
             f"virtual tokens go into a transformers model for sequence classification and it is {type(model).__name__}"
         )
-    module.model = get_peft_model(model, config)
+    return model
 
 
 def _train_head(module: nn.Module, head: set[str]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import inspect
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from lalora_lightning.modules.image_classification import ImageClassificationModule
 from lalora_lightning.modules.task import TaskModule
@@ -128,6 +129,13 @@ def trainable(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
+def applies(method: str, new: Any) -> bool:
+    """Virtual tokens are for texts; prefixes only where transformers takes them as peft gives them."""
+    if method == "prefix" and "past_key_values" not in inspect.signature(BertModel.forward).parameters:
+        return False
+    return new is text or method not in VIRTUAL_TOKENS
+
+
 def test_every_method_is_tested():
     assert {spec.partition(":")[0] for spec in COUNTS} | {"full"} == set(METHODS)
 
@@ -137,7 +145,7 @@ def test_every_method_is_tested():
 def test_method(spec: str, new: Any):
     method, settings = parse_method(spec)
     module, batch = new()
-    if new is vision and method.name in VIRTUAL_TOKENS:
+    if not applies(method.name, new):
         with pytest.raises(NotApplicableError, match=f"^Method {method.name} does not apply to this model because"):
             method.adapt(module, **settings)
         return
@@ -163,6 +171,8 @@ def test_all_methods_start_with_the_same_head():
     heads = []
     for spec in COUNTS:
         method, settings = parse_method(spec)
+        if not applies(method.name, text):
+            continue
         module, _ = text()
         method.adapt(module, **settings)
         named = module.named_parameters()
