@@ -327,8 +327,9 @@ def check_settings(
         )
     if not 0 <= gamma < math.inf:
         raise ValueError(f"Expected gamma to be finite and at least 0 but got {gamma}.")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"Expected temperature to be positive and finite but got {temperature}.")
+    # What float32 can divide by; below that one layer has everything long since.
+    if not 1e-6 <= temperature < math.inf:
+        raise ValueError(f"Expected temperature to be positive, at least 1e-6, and finite but got {temperature}.")
     if not isinstance(interval, int) or interval < 1:
         raise ValueError(f"Expected interval to be at least 1 step, and whole, but got {interval}.")
     if freeze_after is not None and not freeze_after >= 0:

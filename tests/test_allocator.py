@@ -399,6 +399,7 @@ def test_group_by_module_gives_each_projection_its_own_rank(adapted: TinyTransfo
         ("growth", "letter", "growth to be one of"),
         ("group_by", "layer", "group_by to be"),
         ("temperature", 0.0, "temperature to be positive"),
+        ("temperature", 1e-119, "temperature to be positive, at least 1e-6"),
         ("interval", 0, "interval to be at least 1"),
         ("freeze_after", -1, "freeze_after to be at least 0"),
         ("average_rank", 0.5, r"average_rank to be in \[1, 4\] but got 0.5"),
