@@ -150,18 +150,31 @@ def _quantization_keys(model: nn.Module, state: Mapping[str, Any]) -> set[str]:
     return {key for key in state if prefixes and key.startswith(prefixes) and key not in parameters}
 
 
-def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
+def load_file(path: str | PathLike[str], kind: str) -> Any:
+    """What ``torch.load`` reads of plain types and tensors, after a look at the checksums.
+
+    Args:
+        path: The file.
+        kind: What it is expected to be, for the message.
+
+    Raises:
+        ValueError: It is damaged, or something else.
+    """
     check_file(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:
         # Of what a file can be instead, torch makes errors of many kinds.
         raise ValueError(
-            f"Expected {path} to be a file of torch.save or of a Trainer but it cannot be read "
+            f"Expected {path} to be {kind} but it cannot be read "
             f"({type(error).__name__}: {str(error).split(chr(10))[0]})."
         ) from error
+
+
+def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
+    loaded = load_file(path, "a file of torch.save or of a Trainer")
     if isinstance(loaded, Mapping) and "pytorch-lightning_version" in loaded:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from lalora_lightning.checkpoint import check_file
+from lalora_lightning.checkpoint import load_file
 from lalora_lightning.rank_report import trimmed_bytes
 
 METRICS, EVENTS, SETTINGS = "metrics.csv", "events.out.tfevents.*", ("hparams.yaml", "config.yaml")
@@ -268,15 +267,7 @@ def _flat(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _from_checkpoint(path: Path) -> Run:
-    check_file(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Of what a file can be instead, torch makes errors of many kinds.
-        raise ValueError(
-            f"Expected {path} to be a checkpoint of a Trainer but it cannot be read "
-            f"({type(error).__name__}: {_first_line(error)})."
-        ) from error
+    checkpoint = load_file(path, "a checkpoint of a Trainer")
     callbacks = checkpoint.get("callbacks", {}) if isinstance(checkpoint, Mapping) else {}
     needed = {"allocator", "history", "last_step"}
     states = [state for state in callbacks.values() if isinstance(state, Mapping) and needed <= state.keys()]
@@ -286,6 +277,8 @@ def _from_checkpoint(path: Path) -> Run:
             "with LaLoraCallback wrote."
         )
     (state, *_) = states
+    if state["allocator"] is None:
+        raise ValueError(f"Expected {path} to be of a run with adaptive ranks but its ranks were fixed.")
     allocator, last_step = state["allocator"], state["last_step"]
     history = [*state["history"]]
     if last_step is not None and history[-1][0] < last_step:

@@ -260,3 +260,11 @@ def test_two_processes_log_and_print_once(tmp_path: Path, monkeypatch: pytest.Mo
     for step, sparsity in one.sparsity.items():
         # An entry near the threshold may fall on either side.
         assert two.sparsity[step] == pytest.approx(sparsity, abs=0.02)
+
+
+def test_a_checkpoint_of_fixed_ranks_has_no_trajectories(tmp_path: Path):
+    trainer = new_trainer(tmp_path, LaLoraCallback(rank=4, fixed_ranks=True), max_epochs=1)
+    trainer.fit(Task(), loader())
+    trainer.save_checkpoint(tmp_path / "fixed.ckpt")
+    with pytest.raises(ValueError, match="of a run with adaptive ranks but its ranks were fixed"):
+        read_run(tmp_path / "fixed.ckpt")
