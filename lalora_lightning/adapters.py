@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lalora_lightning.attention import IN_PROJ, in_proj_of, restore_in_proj, set_in_proj
+from lalora_lightning.attention import IN_PROJ, in_proj_of, set_in_proj
 from lalora_lightning.base_linear import entries, is_linear, linear_shape
 from lalora_lightning.initialization import Init
-from lalora_lightning.layers import TruncatedLoRALinear
+from lalora_lightning.layers import TruncatedLoRALinear, lora_scaling
 
 GroupBy = Literal["block", "parent", "module"] | Callable[[str], str]
 
@@ -157,7 +156,7 @@ def add_lora(
         base, settings["out_slices"] = modules[name], out_slices
         try:
             if name in ranks:
-                scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
+                scaling = lora_scaling(alpha, rank, use_rslora)
                 adapted[name] = TruncatedLoRALinear.with_scaling(base, ranks[name], scaling, **settings)
             else:
                 adapted[name] = TruncatedLoRALinear(base, rank, alpha, use_rslora=use_rslora, **settings)
@@ -175,22 +174,13 @@ def insert_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear], t
     for parameter in trained:
         parameter.requires_grad_(True)
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        if child == IN_PROJ and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
-            set_in_proj(model.get_submodule(parent), layer)
-        else:
-            model.set_submodule(name, layer)
+        _put(model, name, layer)
 
 
 def remove_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear]) -> None:
     """Put the base layers back in place of layers, whatever these have learnt."""
     for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        if child == IN_PROJ and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
-            assert isinstance(layer.base_layer, nn.Linear)
-            restore_in_proj(model.get_submodule(parent), layer.base_layer)
-        else:
-            model.set_submodule(name, layer.base_layer)
+        _put(model, name, layer.base_layer)
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -361,6 +351,14 @@ def _block(name: str, shared: int) -> str:
     indices = [i for i, part in enumerate(parts) if part.isdigit()]
     first = next((i for i in indices if i >= shared), indices[0] if indices else len(parts) - 1)
     return ".".join(parts[: first + 1])
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    if child == IN_PROJ and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+        set_in_proj(model.get_submodule(parent), module)
+    else:
+        model.set_submodule(name, module)
 
 
 def _parent(name: str) -> str:

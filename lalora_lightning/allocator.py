@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lalora_lightning import functional
 from lalora_lightning.adapters import GroupBy, group_names, require_lora_layers
-from lalora_lightning.layers import TruncatedLoRALinear
+from lalora_lightning.layers import TruncatedLoRALinear, whole
 
 Contribution = Literal["norm", "fisher"]
 ContributionScale = Literal["relative", "absolute"]
@@ -264,7 +264,7 @@ class RankAllocator:
         """Squared norms of all rank components, (2, L, K, r); matrices of one shape are read in one go."""
         factors = [pair for layer in self._projections for pair in layer.split(*read(layer))]
         norms = [
-            _whole(functional.component_norms(torch.stack([factors[i][side] for i in members]), dim=(-1, -2)[side]))
+            whole(functional.component_norms(torch.stack([factors[i][side] for i in members]), dim=(-1, -2)[side]))
             for (side, _), members in self._shapes.items()
         ]
         return torch.cat([*norms, self._padding])[self._slots].square()
@@ -343,11 +343,6 @@ def _parameter(layer: TruncatedLoRALinear) -> tuple[Tensor, Tensor]:
 def _gradient(layer: TruncatedLoRALinear) -> tuple[Tensor, Tensor]:
     A, B = (torch.zeros_like(p) if p.grad is None else p.grad for p in _parameter(layer))
     return A, B
-
-
-def _whole(norms: Tensor) -> Tensor:
-    """The norms of all processes, where parameters are sharded (a DTensor, by fully_shard)."""
-    return norms.full_tensor() if hasattr(norms, "full_tensor") else norms
 
 
 def _count(layers: Iterable[TruncatedLoRALinear]) -> int:

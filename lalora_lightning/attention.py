@@ -51,16 +51,13 @@ def in_proj_of(attention: nn.Module) -> nn.Linear | None:
 
 
 def set_in_proj(attention: Any, in_proj: nn.Module) -> None:
-    """Let a module, adapted or not, take the place of the fused parameters."""
-    if type(attention) is nn.MultiheadAttention:
+    """Let an adapted projection take the place of the fused parameters, or a plain one become them again."""
+    if isinstance(in_proj, nn.Linear):
+        del attention.in_proj
+        attention.__class__ = nn.MultiheadAttention
+        attention.register_parameter("in_proj_weight", in_proj.weight)
+        attention.register_parameter("in_proj_bias", in_proj.bias)
+    else:
         del attention.in_proj_weight, attention.in_proj_bias
         attention.__class__ = _AttentionWithInProj
-    attention.in_proj = in_proj
-
-
-def restore_in_proj(attention: Any, in_proj: nn.Linear) -> None:
-    """Make the attention torch's own again, with the parameters of this projection."""
-    del attention.in_proj
-    attention.__class__ = nn.MultiheadAttention
-    attention.register_parameter("in_proj_weight", in_proj.weight)
-    attention.register_parameter("in_proj_bias", in_proj.bias)
+        attention.in_proj = in_proj

@@ -52,11 +52,9 @@ def linear_weight(module: nn.Module) -> Tensor:
     bitsandbytes quantises when a layer is moved to its device; before, the weight is what it was.
     """
     weight = linear_parameter(module)
-    if is_conv1d(module):
-        return weight.T
-    if is_quantized(module) and not weight.is_floating_point():
+    if not weight.is_floating_point():
         return _dequantized(module)
-    return weight
+    return weight.T if is_conv1d(module) else weight
 
 
 def entries(parameter: Tensor) -> int:

@@ -14,6 +14,11 @@ from lalora_lightning.base_linear import is_linear, is_quantized, linear_paramet
 from lalora_lightning.initialization import FACTORIZATIONS, Init
 
 
+def lora_scaling(alpha: float, rank: int, use_rslora: bool) -> float:
+    """``alpha / rank``, rank-stabilised ``alpha / sqrt(rank)`` (Kalajdzievski, 2023)."""
+    return alpha / (math.sqrt(rank) if use_rslora else rank)
+
+
 class TruncatedLoRALinear(nn.Module):
     r"""Linear layer with a low-rank adapter, of which only the first ``rank`` components are in force.
 
@@ -95,11 +100,13 @@ class TruncatedLoRALinear(nn.Module):
         if init not in get_args(Init):
             raise ValueError(f"Expected init to be one of {get_args(Init)} but got {init!r}.")
         self.base_layer = base_layer
+        # Asked for at every forward pass.
+        self._quantized = is_quantized(base_layer)
         self.out_features, self.in_features = linear_shape(base_layer)
         self.out_slices = tuple(out_slices or [(0, self.out_features)])
         _check_settings(self, rank, alpha, dropout)
         self.max_rank = rank
-        self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
+        self.scaling = lora_scaling(alpha, rank, use_rslora)
         self.dropout = dropout
         self.init = init
         self.random_rank = random_rank
@@ -273,26 +280,31 @@ class TruncatedLoRALinear(nn.Module):
         return self._forward(x, None)
 
     def _forward(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        if self.merged:
+            return F.linear(x, *self._base_parameters(dtype))
         # Rows in, rows out: the view back stands outside the function, so that the output may be changed in place.
         rows = x.reshape(-1, self.in_features)
         lora_rows = F.dropout(rows, self.dropout) if self.training and self.dropout > 0 else None
         A, B, mask = self._factors(self._mask_in_force())
         fixed = mask, self.scaling, self.out_slices
-        if is_quantized(self.base_layer):
+        if self._quantized:
             # It multiplies by its weight without a full copy of it, and has its own backward pass.
             out = self.base_layer(rows)
             return _add_lora(out, rows if lora_rows is None else lora_rows, A, B, *fixed).view(*x.shape[:-1], -1)
-        weight, bias = self.base_weight, self.bias
-        if dtype is not None:
-            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        if self.merged:
-            out = F.linear(rows, weight, bias)
-        elif torch.is_grad_enabled():
+        weight, bias = self._base_parameters(dtype)
+        if torch.is_grad_enabled():
             out = _TruncatedLoRA.apply(rows, lora_rows, weight, bias, A, B, *fixed)
         else:
             # Nothing is kept for a backward pass: a node of the graph would only take time.
             out, _ = _truncated_lora(rows, lora_rows, weight, bias, A.to(x.dtype), B.to(x.dtype), *fixed)
         return out.view(*x.shape[:-1], self.out_features)
+
+    def _base_parameters(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+        """The base layer's weight (m, d) and bias (m,), as autocast would have them."""
+        weight, bias = self.base_weight, self.bias
+        if dtype is None:
+            return weight, bias
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def get_extra_state(self) -> Tensor:
         """What ``lora_A``, ``lora_B`` and ``rank`` do not tell: the scaling and the slices, as one float64 vector."""
@@ -338,7 +350,7 @@ class TruncatedLoRALinear(nn.Module):
         """
         if self.merged:
             raise RuntimeError("Expected an unmerged layer but it is merged already; call unmerge() first.")
-        if is_quantized(self.base_layer):
+        if self._quantized:
             raise TypeError(
                 f"Expected a weight in floating point but got a quantised one ({type(self.base_layer).__name__}), in "
                 "which rounding would swallow the adapter. Take lora_state_dict(model), load the model without "
@@ -580,3 +592,8 @@ def _rebuild_mask(layer: nn.Module, incompatible_keys: Any) -> None:
         layer.rank_mask.copy_(rank_mask)
     else:
         layer.rank_mask = rank_mask
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, where it is sharded (a DTensor, by fully_shard): every process has to ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -42,7 +42,7 @@ def model_card(ranks: Mapping[str, int], config: Mapping[str, Any], facts: Mappi
             "Trained by La-LoRA (Gu et al., Neural Networks 194, 2025, 108095) with lalora-lightning. PEFT loads it:",
             "",
             "```python",
-            f"model = PeftModel.from_pretrained(base_model, {json.dumps('THIS FOLDER OR REPOSITORY')})",
+            'model = PeftModel.from_pretrained(base_model, "THIS FOLDER OR REPOSITORY")',
             "```",
             "",
             *_table(["", ""], settings),

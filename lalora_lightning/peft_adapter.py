@@ -1,7 +1,6 @@
 """Adapters in PEFT's format: what is trained here is used there, and the other way round."""
 
 import json
-import math
 import os
 import re
 import tempfile
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from lalora_lightning.adapters import insert_layers, lora_layers, require_lora_layers, summarize
 from lalora_lightning.base_linear import is_conv1d, is_linear, linear_shape
-from lalora_lightning.layers import TruncatedLoRALinear
+from lalora_lightning.layers import TruncatedLoRALinear, lora_scaling
 from lalora_lightning.model_card import is_model_card, model_card
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -229,7 +228,7 @@ def _scaling(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]) -
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
     # As PEFT does: the first pattern that matches the end of the name.
     alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config.get("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return lora_scaling(alpha, rank, bool(config.get("use_rslora")))
 
 
 @torch.no_grad()

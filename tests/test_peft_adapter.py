@@ -290,7 +290,7 @@ def test_the_model_card_says_what_it_is(tmp_path: Path):
     save_peft_adapter(model, tmp_path, facts={"accuracy": 0.87, "gamma": 2.0})
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "someone/base"
-    assert card.data.library_name == "peft"
+    assert card.data.to_dict()["library_name"] == "peft"
     assert "la-lora" in card.data.tags
     assert "| accuracy | 0.87 |" in card.text
     ranks = {name: int(layer.rank) for name, layer in lora_layers(model).items()}

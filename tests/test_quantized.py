@@ -52,6 +52,15 @@ def quantized_model(bits: int) -> TinyTransformer:
     return model
 
 
+def adapted_model(bits: int) -> TinyTransformer:
+    """With adapters that do something."""
+    model = quantized_model(bits)
+    add_lora(model, rank=4)
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    return model
+
+
 both = pytest.mark.parametrize("bits", [4, 8])
 
 
@@ -105,10 +114,7 @@ def test_it_trains_and_its_ranks_adapt(bits):
 
 @both
 def test_its_state_holds_nothing_of_the_quantised_weights(bits):
-    model = quantized_model(bits)
-    add_lora(model, rank=4)
-    for layer in lora_layers(model).values():
-        nn.init.normal_(layer.lora_B, std=0.1)
+    model = adapted_model(bits)
     state = lora_state_dict(model)
     assert {key.rpartition(".")[2] for key in state} == {"lora_A", "lora_B", "rank", "_extra_state", "weight", "bias"}
     assert [key for key in state if key.endswith("weight")] == ["head.weight"]
@@ -119,10 +125,7 @@ def test_its_state_holds_nothing_of_the_quantised_weights(bits):
 
 @both
 def test_a_merge_is_refused_and_the_way_out_works(bits):
-    model = quantized_model(bits)
-    add_lora(model, rank=4)
-    for layer in lora_layers(model).values():
-        nn.init.normal_(layer.lora_B, std=0.1)
+    model = adapted_model(bits)
     with pytest.raises(TypeError, match=r"floating point but got a quantised one .* without quantisation"):
         merge_lora(model)
     torch.manual_seed(0)
@@ -135,10 +138,8 @@ def test_a_merge_is_refused_and_the_way_out_works(bits):
 
 @both
 def test_export_and_import_through_peft_s_format(bits, tmp_path):
-    model = quantized_model(bits)
-    add_lora(model, rank=4)
+    model = adapted_model(bits)
     for layer in lora_layers(model).values():
-        nn.init.normal_(layer.lora_B, std=0.1)
         layer.set_rank(2)
     save_peft_adapter(model, tmp_path)
     again = quantized_model(bits)
