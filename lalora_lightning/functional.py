@@ -185,7 +185,8 @@ def allocate_ranks(contribution: Tensor, budget: Tensor, max_rank: int, temperat
 
     Every layer has rank 1. Beyond that it deserves ``clamp(share - 1, 0, r - 1)``: what the cap ``r`` cuts off is not
     handed to others (reading 3). Where this adds up to more than ``floor(budget) - L``, it is scaled down to that
-    (reading 4). Fractions are rounded by largest remainder, ties in favour of the earlier layer.
+    (reading 4). Fractions are rounded by largest remainder, ties in favour of the larger contribution, then of the
+    earlier layer.
 
     Args:
         contribution: ``(L,)``.
@@ -200,14 +201,18 @@ def allocate_ranks(contribution: Tensor, budget: Tensor, max_rank: int, temperat
     tensor([4, 3, 1])
     """
     layers = contribution.numel()
+    # In falling order, so that of layers that the cap made equal the one that contributes more comes first.
+    contribution, order = contribution.sort(descending=True, stable=True)
     shares = (contribution / temperature).softmax(0) * budget
     deserved = (shares - 1).clamp(0, max_rank - 1)
     available = budget.floor() - layers
     deserved = deserved * (available / deserved.sum().clamp(min=_ROUNDING_TOLERANCE)).clamp(max=1)
-    # A sum of floats that stands for a whole number may fall short of it; the tolerance cannot lift it to the next.
-    total = (deserved.sum() + _ROUNDING_TOLERANCE).floor()
     whole = deserved.floor()
-    # Position of each layer in the order of falling remainders; the first `total - whole.sum()` are rounded up.
-    order = (deserved - whole).argsort(descending=True, stable=True)
-    rounded_up = torch.arange(layers, device=budget.device) < total - whole.sum()
-    return (1 + whole).index_add(0, order, rounded_up.to(whole.dtype)).long()
+    remainders = deserved - whole
+    # A sum of floats that stands for a whole number may fall short of it; the tolerance cannot lift it to the next.
+    left = (remainders.sum() + _ROUNDING_TOLERANCE).floor()
+    # The first layers in the order of falling remainders are rounded up.
+    rounded_up = torch.arange(layers, device=budget.device) < left
+    falling = remainders.argsort(descending=True, stable=True)
+    ranks = (1 + whole).index_add(0, falling, rounded_up.to(whole.dtype)).long()
+    return ranks.index_copy(0, order, ranks)
