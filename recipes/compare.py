@@ -26,7 +26,7 @@ import lalora_lightning
 from recipes.benchmarking import machine
 from recipes.comparison import Record, append_record, markdown, pictures, read_records, run_key, summarize, write_csv
 from recipes.digits import NamedProgressBar
-from recipes.measuring import PeakMemory, ValidationScores
+from recipes.measuring import PeakMemory
 from recipes.methods import METHODS, method_label, parse_method
 from recipes.projections import NotApplicableError
 from recipes.ranks import layer_ranks, trimmed_parameters
@@ -137,7 +137,7 @@ def train(task: Task, plan: Record, title: str) -> Record:
     pl.seed_everything(plan["seed"], verbose=False)
     module = task.new_module(plan["learning_rate"])
     callbacks = METHODS[plan["method"]].adapt(module, **plan["settings"])
-    validation, memory = ValidationScores(), PeakMemory()
+    memory = PeakMemory()
     bar = NamedProgressBar(f"{title} {task.name}, {plan['label']}, seed {plan['seed']}")
     trainer = pl.Trainer(
         max_steps=task.steps,
@@ -145,9 +145,10 @@ def train(task: Task, plan: Record, title: str) -> Record:
         accelerator="auto",
         devices=1,
         precision=plan["precision"],
-        callbacks=[*callbacks, validation, memory, bar],
+        callbacks=[*callbacks, memory, bar],
         logger=False,
-        num_sanity_val_steps=0,
+        # Nothing is chosen by them, and on a CPU they can take longer than training.
+        limit_val_batches=0,
         enable_checkpointing=False,
         enable_model_summary=False,
     )
@@ -161,7 +162,6 @@ def train(task: Task, plan: Record, title: str) -> Record:
         "metric": task.metric,
         "score": scores[task.metric],
         "scores": dict(scores),
-        "validation": validation.scores,
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "final_parameters": trimmed_parameters(module),
         "ranks": (ranks := layer_ranks(module)),

@@ -1,23 +1,8 @@
-"""Callbacks that measure a run: scores of every validation, and peak memory."""
+"""A callback that measures the peak memory of a run."""
 
 import lightning.pytorch as pl
 import psutil
 import torch
-
-
-class ValidationScores(pl.Callback):
-    """Keeps what each validation logged under ``val/``.
-
-    Attributes:
-        scores: One dict for each validation.
-    """
-
-    def __init__(self) -> None:
-        self.scores: list[dict[str, float]] = []
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        metrics = trainer.callback_metrics.items()
-        self.scores.append({name: float(value) for name, value in metrics if name.startswith("val/")})
 
 
 class PeakMemory(pl.Callback):

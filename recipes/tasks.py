@@ -147,7 +147,7 @@ def _images(
 
 
 def _glue(settings: TaskSettings, task: str) -> Task:
-    """A task of GLUE; its validation split is scored after every epoch and at the end."""
+    """A task of GLUE; its validation split is the test, since the labels of GLUE's own are not public."""
     batch_size = settings.batch_size or 32
     data = GlueDataModule(
         task,  # type: ignore[arg-type]
