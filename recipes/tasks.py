@@ -9,9 +9,10 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
+from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 
 from lalora_lightning.data.glue import GlueDataModule
 from lalora_lightning.hub import load_splits
@@ -172,10 +173,22 @@ def _glue(settings: TaskSettings, task: str) -> Task:
         learning_rate=5e-4,
         steps=-1,
         epochs=settings.epochs,
-        new_module=lambda learning_rate: SequenceClassificationModule(settings.model, data.num_labels, learning_rate),
+        new_module=lambda learning_rate: _new_classifier(settings.model, data.num_labels, learning_rate),
         # Its order follows the seed that Lightning was given.
         loaders=lambda seed: ({"datamodule": data}, {"datamodule": data}),
     )
+
+
+def _new_classifier(name: str, num_labels: int, learning_rate: float) -> SequenceClassificationModule:
+    """With RoBERTa's head in place of a BERT's pooler and classifier.
+
+    A pooler counts as pretrained and is frozen. That of sentence encoders never was: behind it nothing is learnt.
+    """
+    module = SequenceClassificationModule(name, num_labels, learning_rate)
+    if getattr(module.model.base_model, "pooler", None) is not None:
+        module.model.base_model.pooler = nn.Identity()
+        module.model.classifier = RobertaClassificationHead(module.model.config)
+    return module
 
 
 def _new_vit(learning_rate: float) -> ImageClassificationModule:

@@ -264,6 +264,9 @@ def test_glue(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch): 
     assert record["task_settings"]["model"] == f"{tmp_path.name}/tokenizer"
     assert record["score"] == record["scores"]["test/pearson"]
 
+    # LoRA at rank 2 on query and value of two blocks of width 16, and RoBERTa's head: a dense layer and the output.
+    assert record["trainable_parameters"] == 2 * 2 * 2 * 32 + (16 * 16 + 16) + (16 + 1)
+
     data_module = build_task("glue/stsb", settings).loaders(0)[0]["datamodule"]
     data_module.setup("fit")
     orders = []
