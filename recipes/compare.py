@@ -1,6 +1,6 @@
 """Compare methods on tasks over seeds: the same data, order, schedule, head and evaluation for all.
 
-    python -m recipes.compare --tasks digits --methods lora lalora lalora:gamma=4 --seeds 0 1 2 3 4
+    python -m recipes.compare --tasks digits --methods lora lalora lalora:gamma=8 --seeds 0 1 2 3 4
     python -m recipes.compare --tasks glue/mrpc --methods lora "lalora:growth=stored,contribution_scale=absolute"
     python -m recipes.compare --tasks digits --methods lora lalora --learning_rates 1e-3 3e-3 1e-2
 
@@ -24,10 +24,20 @@ from jsonargparse import ArgumentParser
 
 import lalora_lightning
 from recipes.benchmarking import machine
-from recipes.comparison import Record, append_record, markdown, pictures, read_records, run_key, summarize, write_csv
+from recipes.comparison import (
+    Record,
+    append_record,
+    label,
+    markdown,
+    pictures,
+    read_records,
+    run_key,
+    summarize,
+    write_csv,
+)
 from recipes.digits import NamedProgressBar
 from recipes.measuring import PeakMemory
-from recipes.methods import METHODS, method_label, parse_method
+from recipes.methods import METHODS, parse_method
 from recipes.projections import NotApplicableError
 from recipes.ranks import layer_ranks, trimmed_parameters
 from recipes.reporting import quiet
@@ -85,7 +95,6 @@ def compare(
                 "task": task.name,
                 "task_settings": task.settings,
                 "method": method.name,
-                "label": method_label(method, settings),
                 "settings": {**method.defaults, **settings},
                 "learning_rates": rates,
                 "precision": precision,
@@ -138,7 +147,7 @@ def train(task: Task, plan: Record, title: str) -> Record:
     module = task.new_module(plan["learning_rate"])
     callbacks = METHODS[plan["method"]].adapt(module, **plan["settings"])
     memory = PeakMemory()
-    bar = NamedProgressBar(f"{title} {task.name}, {plan['label']}, seed {plan['seed']}")
+    bar = NamedProgressBar(f"{title} {task.name}, {label(plan)}, seed {plan['seed']}")
     trainer = pl.Trainer(
         max_steps=task.steps,
         max_epochs=task.epochs,

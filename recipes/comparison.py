@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 
 from lalora_lightning.plotting import plot_comparison
+from recipes.methods import METHODS, method_label
 
 Record = dict[str, Any]
 # What the differences are taken to.
@@ -19,6 +20,11 @@ REFERENCE = "lora"
 # Runs that agree in these are compared with each other, and those that agree in all are one run.
 _SAME_COMPARISON = ("task", "task_settings", "learning_rates", "precision")
 _SAME_RUN = (*_SAME_COMPARISON, "method", "settings", "seed", "searched")
+
+
+def label(record: Record) -> str:
+    """Method and settings of a run as they are written today, whatever the defaults were when it was run."""
+    return method_label(METHODS[record["method"]], record["settings"])
 
 
 def run_key(record: Record) -> str:
@@ -98,8 +104,8 @@ def summarize(records: Iterable[Record]) -> list[Row]:
     rows = []
     for comparison in _group([r for r in records if r["searched"] is None], _SAME_COMPARISON):
         methods = _group(comparison, ("method", "settings"))
-        references = [method for method in methods if method[0]["label"] == REFERENCE]
-        # Of several, from before and after a default was changed, the newest.
+        references = [method for method in methods if label(method[0]) == REFERENCE]
+        # Of several, from before and after a setting was added, the newest.
         reference = {r["seed"]: r["score"] for r in references[-1]} if references else {}
         rows += [_row(method, reference) for method in methods]
     return rows
@@ -165,7 +171,7 @@ def _row(runs: list[Record], reference: dict[int, float]) -> Row:
         task_settings=json.dumps(first["task_settings"]),
         learning_rates=json.dumps(first["learning_rates"]),
         precision=first["precision"],
-        method=first["label"],
+        method=label(first),
         metric=first["metric"],
         seeds=len(runs),
         scores=tuple(scores),

@@ -2,7 +2,7 @@
 
     python -m recipes.vit_cifar100
     python -m recipes.vit_cifar100 --model.name vit_large_patch16_224.augreg_in21k
-    python -m recipes.vit_cifar100 --data.path FOLDER --model.checkpoint FILE --trainer.max_epochs 3 --lalora.gamma 4
+    python -m recipes.vit_cifar100 --data.path FOLDER --model.checkpoint FILE --trainer.max_epochs 3
 
 The settings are in vit_cifar100.yaml; --help lists all there are, --print_config shows those in force.
 """

@@ -30,7 +30,7 @@ def settings(tmp_path: Path) -> TaskSettings:
 
 
 def run(settings: TaskSettings, output: Path, **arguments: Any) -> list[dict[str, Any]]:
-    usual = {"tasks": ["digits"], "methods": ["lora", "lalora:gamma=4"], "seeds": [0, 1], "learning_rates": []}
+    usual = {"tasks": ["digits"], "methods": ["lora", "lalora:gamma=8"], "seeds": [0, 1], "learning_rates": []}
     compare.compare(**{**usual, **arguments}, task_settings=settings, output=output)
     return read_records(output)
 
@@ -42,7 +42,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, float]]:
     train = compare.train
 
     def spy(task: Any, plan: dict[str, Any], title: str) -> dict[str, Any]:
-        calls.append((plan["label"], plan["seed"], plan["learning_rate"]))
+        calls.append((comparison.label(plan), plan["seed"], plan["learning_rate"]))
         return train(task, plan, title)
 
     monkeypatch.setattr(compare, "train", spy)
@@ -53,9 +53,9 @@ def test_runs_are_kept_and_not_done_again(settings: TaskSettings, tmp_path: Path
     output = tmp_path / "runs" / "digits.jsonl"
     records = run(settings, output)
     rate = 5e-3
-    assert trained == [("lora", 0, rate), ("lalora:gamma=4", 0, rate), ("lora", 1, rate), ("lalora:gamma=4", 1, rate)]
+    assert trained == [("lora", 0, rate), ("lalora:gamma=8", 0, rate), ("lora", 1, rate), ("lalora:gamma=8", 1, rate)]
     first = records[1]
-    assert first["settings"]["gamma"] == 4.0
+    assert first["settings"]["gamma"] == 8.0
     assert first["settings"]["growth"] == "matched"
     assert first["steps"] == 3
     assert 0 <= first["score"] <= 1
@@ -72,7 +72,7 @@ def test_runs_are_kept_and_not_done_again(settings: TaskSettings, tmp_path: Path
     output.write_text(output.read_text()[:-40])
     trained.clear()
     again = run(settings, output)
-    assert trained == [("lalora:gamma=4", 1, rate)]
+    assert trained == [("lalora:gamma=8", 1, rate)]
     assert again[:3] == records[:3]
     assert {**again[3], "seconds": 0, "memory_mib": 0} == {**records[3], "seconds": 0, "memory_mib": 0}
 
@@ -93,7 +93,7 @@ def test_a_learning_rate_is_searched_with_a_seed_held_out(
         return {"score": scores[plan["learning_rate"]], **made_of(plan)}
 
     def made_of(plan: dict[str, Any]) -> dict[str, Any]:
-        return record("digits", plan["label"], plan["seed"], 0.0, only_measured=True)
+        return record("digits", plan["method"], plan["seed"], 0.0, only_measured=True)
 
     monkeypatch.setattr(compare, "train", train)
     records = run(settings, tmp_path / "a.jsonl", learning_rates=[0.1, 0.2, 0.3], methods=["lora"], seeds=[5, 6])
@@ -107,7 +107,7 @@ def test_a_method_that_does_not_apply_is_said_and_passed_over(
     settings: TaskSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     records = run(settings, tmp_path / "a.jsonl", methods=["prefix", "head"], seeds=[0])
-    assert [r["label"] for r in records] == ["head"]
+    assert [r["method"] for r in records] == ["head"]
     assert "digits: Method prefix does not apply to this model because" in capsys.readouterr().err
 
 
@@ -125,7 +125,7 @@ def test_unknown_tasks_and_methods(settings: TaskSettings, tmp_path: Path):
 
 
 def record(
-    task: str, label: str, seed: int, score: float, ranks: tuple[int, ...] = (), only_measured: bool = False
+    task: str, method: str, seed: int, score: float, ranks: tuple[int, ...] = (), only_measured: bool = False
 ) -> dict[str, Any]:
     measured = {
         "metric": "test/accuracy",
@@ -139,8 +139,7 @@ def record(
     planned = {
         "task": task,
         "task_settings": {"steps": 3},
-        "method": label,
-        "label": label,
+        "method": method,
         "settings": {},
         "seed": seed,
         "learning_rates": [0.005],
@@ -205,6 +204,12 @@ def test_other_settings_of_a_task_are_another_comparison():
     ]
 
 
+def test_labels_follow_the_defaults_of_today():
+    """So that a run at a default that was changed since is told from one at today's."""
+    old = {**record("digits", "lalora", 0, 0.5), "settings": {"rank": 8, "gamma": 2.5, "gone": 1}, "label": "lalora"}
+    assert [row.method for row in summarize([old])] == ["lalora:gamma=2.5,gone=1"]
+
+
 def test_a_picture_of_each_comparison():
     longer = [{**entry, "task_settings": {"steps": 9}} for entry in RECORDS[:2]]
     figures = comparison.pictures(summarize([*RECORDS, *longer]))
@@ -214,12 +219,12 @@ def test_a_picture_of_each_comparison():
     axes = figures["digits"].axes[0]
     assert axes.get_yticklabels()[0].get_text() == "lora"
     drawn = sorted(value for line in axes.lines[:1] for value in line.get_xdata())
-    own = [100 * r["score"] for r in RECORDS if (r["task"], r["label"], r["searched"]) == ("digits", "lora", None)]
+    own = [100 * r["score"] for r in RECORDS if (r["task"], r["method"], r["searched"]) == ("digits", "lora", None)]
     assert drawn == pytest.approx(sorted(own))
 
 
 def test_the_reference_is_the_newest_of_its_name():
-    rows = summarize([*RECORDS[:2], {**record("digits", "lora", 0, 0.51), "settings": {"new": True}}])
+    rows = summarize([*RECORDS[:2], {**record("digits", "lora", 0, 0.51), "settings": {"rank": 8}}])
     assert [row.difference for row in rows] == pytest.approx([-1, 1, 0])
 
 
