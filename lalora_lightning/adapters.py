@@ -110,7 +110,7 @@ def add_lora(
             ranks are fixed: a rank allocator takes one maximum rank for all.
         init: How the adapters start: "kaiming" or "orthogonal" (A random, B zero), "pissa" (largest singular values),
             "milora" (smallest), "olora" (QR). The adapted model equals the base model at first in every case. Adaptive
-            ranks over "pissa" or "olora", whose norms are large and grow little, need a larger gamma (6 and more), or
+            ranks over "pissa" or "olora", whose norms are large and grow little, need a larger gamma (12 and more), or
             ``gradual_budget=False``.
         use_rslora: Scale by ``alpha / sqrt(rank)``.
         freeze_A: Train ``lora_B`` only (LoRA-FA).

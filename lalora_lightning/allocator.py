@@ -42,8 +42,8 @@ class RankAllocator:
         model: A module with :class:`TruncatedLoRALinear` layers of one maximum rank. Their ranks start anew: at 1, with
             ``gradual_budget=False`` at the budget's end.
         gamma: How strongly growth of the values grows the budget (Eq. 5). The budget is about
-            ``L * (s / s_0) ** gamma``, so that 4 fills it when the values have grown by ``r ** (1 / 4)``,
-            at rank 8 by 68%. Zero keeps it.
+            ``L * (s / s_0) ** gamma``, so that 8 fills it when the values have grown by ``r ** (1 / 8)``,
+            at rank 8 by 30%. Zero keeps it.
         contribution: ``"norm"`` (Eq. 9) or ``"fisher"``, where the root of the averaged squared gradients takes the
             place of the norms in Eqs. 9 and 10; call :meth:`observe_gradients` before every optimizer step then.
         contribution_scale: ``"relative"`` divides contributions by their mean over layers, ``"absolute"`` does not.
@@ -74,7 +74,7 @@ class RankAllocator:
         self,
         model: nn.Module,
         *,
-        gamma: float = 4.0,
+        gamma: float = 8.0,
         contribution: Contribution = "norm",
         contribution_scale: ContributionScale = "relative",
         temperature: float = 1.0,

@@ -53,7 +53,7 @@ class LaLoraCallback(pl.Callback):
         dropout: Dropout on the adapters' input.
         target_modules: Names or a regular expression, see :func:`add_lora`; by default query and value.
         modules_to_save: Names of the modules trained in full; by default the task head.
-        gamma: How strongly growth of the adapters grows the budget; 4 fills it when they have grown by rank ** (1 / 4).
+        gamma: How strongly growth of the adapters grows the budget; 8 fills it when they have grown by rank ** (1 / 8).
         contribution: What a layer's share follows: "norm" or "fisher" (averaged squared gradients).
         contribution_scale: "relative" or "absolute" (the paper's letter, where one layer takes everything).
         temperature: Above 1 makes the layers' shares more equal, below 1 less.
@@ -90,7 +90,7 @@ class LaLoraCallback(pl.Callback):
         dropout: float = 0.0,
         target_modules: Sequence[str] | str | None = None,
         modules_to_save: Sequence[str] | None = None,
-        gamma: float = 4.0,
+        gamma: float = 8.0,
         contribution: Contribution = "norm",
         contribution_scale: ContributionScale = "relative",
         temperature: float = 1.0,

@@ -1,6 +1,6 @@
 """Compare methods on tasks over seeds: the same data, order, schedule, head and evaluation for all.
 
-    python -m recipes.compare --tasks digits --methods lora lalora lalora:gamma=8 --seeds 0 1 2 3 4
+    python -m recipes.compare --tasks digits --methods lora lalora lalora:gamma=4 --seeds 0 1 2 3 4
     python -m recipes.compare --tasks glue/mrpc --methods lora "lalora:growth=stored,contribution_scale=absolute"
     python -m recipes.compare --tasks digits --methods lora lalora --learning_rates 1e-3 3e-3 1e-2
 

@@ -2,7 +2,7 @@
 
 from recipes.methods import parse_method
 
-method, settings = parse_method("lalora:gamma=8,rank=16")
+method, settings = parse_method("lalora:gamma=4,rank=16")
 callbacks = method.adapt(module, **settings)
 Trainer(callbacks=callbacks).fit(module)
 """
@@ -78,9 +78,9 @@ def parse_method(spec: str) -> tuple[Method, dict[str, Any]]:
     Raises:
         ValueError: There is no such method or setting, or the settings cannot be read.
 
-    >>> method, settings = parse_method("lalora:gamma=8,growth=stored")
+    >>> method, settings = parse_method("lalora:gamma=4,growth=stored")
     >>> method.name, settings
-    ('lalora', {'gamma': 8.0, 'growth': 'stored'})
+    ('lalora', {'gamma': 4.0, 'growth': 'stored'})
     """
     name, _, written = spec.partition(":")
     if name not in METHODS:
@@ -103,8 +103,8 @@ def parse_method(spec: str) -> tuple[Method, dict[str, Any]]:
 def method_label(method: Method, settings: Mapping[str, Any]) -> str:
     """The name with the settings that differ from the defaults, as :func:`parse_method` reads them.
 
-    >>> method_label(*parse_method("lalora:gamma=8.0,rank=8"))
-    'lalora:gamma=8'
+    >>> method_label(*parse_method("lalora:gamma=4.0,rank=8"))
+    'lalora:gamma=4'
     """
     changed = {key: value for key, value in settings.items() if value != method.defaults.get(key)}
     written = ",".join(f"{key}={_written(value)}" for key, value in sorted(changed.items()))

@@ -30,7 +30,7 @@ def settings(tmp_path: Path) -> TaskSettings:
 
 
 def run(settings: TaskSettings, output: Path, **arguments: Any) -> list[dict[str, Any]]:
-    usual = {"tasks": ["digits"], "methods": ["lora", "lalora:gamma=8"], "seeds": [0, 1], "learning_rates": []}
+    usual = {"tasks": ["digits"], "methods": ["lora", "lalora:gamma=4"], "seeds": [0, 1], "learning_rates": []}
     compare.compare(**{**usual, **arguments}, task_settings=settings, output=output)
     return read_records(output)
 
@@ -53,9 +53,9 @@ def test_runs_are_kept_and_not_done_again(settings: TaskSettings, tmp_path: Path
     output = tmp_path / "runs" / "digits.jsonl"
     records = run(settings, output)
     rate = 5e-3
-    assert trained == [("lora", 0, rate), ("lalora:gamma=8", 0, rate), ("lora", 1, rate), ("lalora:gamma=8", 1, rate)]
+    assert trained == [("lora", 0, rate), ("lalora:gamma=4", 0, rate), ("lora", 1, rate), ("lalora:gamma=4", 1, rate)]
     first = records[1]
-    assert first["settings"]["gamma"] == 8.0
+    assert first["settings"]["gamma"] == 4.0
     assert first["settings"]["growth"] == "matched"
     assert first["steps"] == 3
     assert 0 <= first["score"] <= 1
@@ -72,7 +72,7 @@ def test_runs_are_kept_and_not_done_again(settings: TaskSettings, tmp_path: Path
     output.write_text(output.read_text()[:-40])
     trained.clear()
     again = run(settings, output)
-    assert trained == [("lalora:gamma=8", 1, rate)]
+    assert trained == [("lalora:gamma=4", 1, rate)]
     assert again[:3] == records[:3]
     assert {**again[3], "seconds": 0, "memory_mib": 0} == {**records[3], "seconds": 0, "memory_mib": 0}
 
