@@ -3,7 +3,7 @@
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,6 +31,8 @@ QUERY_VALUE_NAMES = (
 FUSED_NAMES = ("qkv", "Wqkv", "c_attn")
 # Output layers that come pretrained with a language model, so that they are no task head.
 LANGUAGE_MODEL_HEADS = ("lm_head", "embed_out", "output_projection")
+# What torch's checkpoint_wrapper puts around a module, and leaves out of the names in a state dict.
+_WRAPPED = "_checkpoint_wrapped_module"
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,11 @@ class AdapterSummary:
 
 
 def lora_layers(model: nn.Module) -> dict[str, TruncatedLoRALinear]:
-    """The model's low-rank layers by name, in the order of ``model.named_modules()``."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, TruncatedLoRALinear)}
+    """The model's low-rank layers by name, in the order of ``model.named_modules()``.
+
+    Names are those of the state dict: activation checkpointing (``checkpoint_wrapper``) does not show in them.
+    """
+    return {state_name(n): module for n, module in model.named_modules() if isinstance(module, TruncatedLoRALinear)}
 
 
 def add_lora(
@@ -101,17 +106,15 @@ def add_lora(
             (``qkv``, ``Wqkv``, ``c_attn``; ``in_proj``, as which ``nn.MultiheadAttention`` shows its own) only the
             query and value slices are adapted.
         modules_to_save: Names of the modules that are trained in full. By default the task head: the modules that
-            stand beside the adapted backbone and hold a linear layer, as far as they are not frozen already. An empty
-            list trains adapters only.
+            stand beside the adapted backbone and hold a linear layer, as far as they are not frozen already and no
+            embedding's weights. An empty list trains adapters only.
         device: Device of the adapters; by default that of the weight they adapt.
         dtype: Type of the adapters' parameters, also over a base of lower precision.
         rank_pattern: Maximum ranks of their own for some projections, by a part of their names, such as
             ``{"layer.3": 2, "query": 4}``; the first that matches counts. The scaling stays that of ``rank``. These
             ranks are fixed: a rank allocator takes one maximum rank for all.
         init: How the adapters start: "kaiming" or "orthogonal" (A random, B zero), "pissa" (largest singular values),
-            "milora" (smallest), "olora" (QR). The adapted model equals the base model at first in every case. Adaptive
-            ranks over "pissa" or "olora", whose norms are large and grow little, need a larger gamma (12 and more), or
-            ``gradual_budget=False``.
+            "milora" (smallest), "olora" (QR). The adapted model equals the base model at first in every case.
         use_rslora: Scale by ``alpha / sqrt(rank)``.
         freeze_A: Train ``lora_B`` only (LoRA-FA).
         random_rank: While training, draw a rank up to the one in force at every forward pass (DyLoRA).
@@ -121,8 +124,9 @@ def add_lora(
 
     Raises:
         ValueError: The model is adapted already; nothing was found for ``target_modules`` or ``modules_to_save``; a
-            target shares its weight with another module; rank, alpha, dropout, a rank of the pattern or init is out of
-            range; dropout or random_rank would do nothing in an ``nn.MultiheadAttention``. The model is unchanged then.
+            target shares its weight with another module or lies in one of ``modules_to_save``; rank, alpha, dropout, a
+            rank of the pattern or init is out of range; dropout or random_rank would do nothing in an
+            ``nn.MultiheadAttention``. The model is unchanged then.
         TypeError: A target is not a linear module.
     """
     if lora_layers(model):
@@ -134,14 +138,16 @@ def add_lora(
         _refuse_attention(modules, targets)
     ranks = _match_ranks(rank_pattern or {}, targets, rank)
     if modules_to_save is None:
-        head = _find_head(modules, targets)
+        trained = _head_parameters(modules, targets)
     else:
         head = _match("modules_to_save", modules, modules_to_save)
-    trained = [p for name in head for p in modules[name].parameters() if p.requires_grad or modules_to_save is not None]
-    if not all(p.is_floating_point() for p in trained):
+        _refuse_targets_in(head, targets)
+        trained = {f"{name}.{key}": p for name in head for key, p in named_parameters(modules[name])}
+    quantized = dict.fromkeys(_parent(name) for name, p in trained.items() if not p.is_floating_point())
+    if quantized:
         raise ValueError(
-            f"Expected modules that can be trained in full but {', '.join(head)} hold quantised weights; leave them "
-            "out of modules_to_save, or out of the quantisation."
+            f"Expected modules that can be trained in full but {', '.join(quantized)} hold quantised weights; leave "
+            "them out of modules_to_save, or out of the quantisation."
         )
     settings: dict[str, Any] = {
         "dropout": dropout,
@@ -163,7 +169,7 @@ def add_lora(
         except ValueError as error:
             raise ValueError(f"Cannot adapt {name}. {error}") from error
 
-    insert_layers(model, adapted, trained)
+    insert_layers(model, adapted, trained.values())
     return summarize(model)
 
 
@@ -183,10 +189,26 @@ def remove_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear]) -
         _put(model, name, layer.base_layer)
 
 
+def state_name(name: str) -> str:
+    """A module's or parameter's name as a state dict has it, which does not show activation checkpointing.
+
+    >>> state_name("blocks.0._checkpoint_wrapped_module.query.weight")
+    'blocks.0.query.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != _WRAPPED)
+
+
+def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """``model.named_parameters()`` by the names of the state dict."""
+    for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
+        yield state_name(name), parameter
+
+
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """``model.named_modules()``, and the projections of torch's attentions as if they were modules."""
+    """``model.named_modules()`` by the names of the state dict, and the projections of torch's attentions, too."""
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        name = state_name(name)
         modules[name] = module
         in_proj = in_proj_of(module)
         if in_proj is not None:
@@ -241,7 +263,7 @@ def summarize(model: nn.Module, group_by: GroupBy = "block") -> AdapterSummary:
     """Count what an adapted model trains."""
     layers = require_lora_layers(model)
     adapters = {id(p): p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
-    named = list(model.named_parameters())
+    named = list(named_parameters(model))
     head = [(name, p) for name, p in named if p.requires_grad and id(p) not in adapters]
     return AdapterSummary(
         layers=len(group_names(layers, group_by)),
@@ -271,7 +293,7 @@ def find_targets(
         if not targets:
             raise ValueError(
                 "Expected to find query and value projections by the usual names but found none; name the layers to "
-                f"adapt with target_modules. {_linear_layers_seen(modules)}"
+                f"adapt with target_modules. {linear_layers_seen(modules)}"
             )
         return targets
     matched = _match("target_modules", modules, target_modules)
@@ -283,12 +305,10 @@ def find_targets(
 
 def find_head(model: nn.Module, targets: Iterable[str]) -> set[str]:
     """Names of the parameters of the task head, which stands beside the modules named; none where there is no head."""
-    modules = named_modules(model)
     try:
-        head = _find_head(modules, targets)
+        return set(_head_parameters(named_modules(model), targets))
     except ValueError:
         return set()
-    return {f"{name}.{key}" for name in head for key, p in modules[name].named_parameters() if p.requires_grad}
 
 
 def group_names(names: Iterable[str], group_by: GroupBy = "block") -> dict[str, list[str]]:
@@ -346,6 +366,20 @@ def require_lora_layers(model: nn.Module) -> dict[str, TruncatedLoRALinear]:
     return layers
 
 
+def require_unmerged(layers: Mapping[str, TruncatedLoRALinear]) -> None:
+    """For what trains adapters, which a merged layer does not use.
+
+    Raises:
+        RuntimeError: A layer is merged.
+    """
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise RuntimeError(
+            f"Expected unmerged adapters but {merged[0]} is merged, so that training would not reach it; call "
+            "unmerge_lora(model) first."
+        )
+
+
 def _block(name: str, shared: int) -> str:
     parts = name.split(".")
     indices = [i for i, part in enumerate(parts) if part.isdigit()]
@@ -354,11 +388,13 @@ def _block(name: str, shared: int) -> str:
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    if child == IN_PROJ and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
-        set_in_proj(model.get_submodule(parent), module)
+    prefix, _, child = name.rpartition(".")
+    parent = model.get_submodule(prefix)
+    parent = getattr(parent, _WRAPPED, parent)
+    if child == IN_PROJ and isinstance(parent, nn.MultiheadAttention):
+        set_in_proj(parent, module)
     else:
-        model.set_submodule(name, module)
+        setattr(parent, child, module)
 
 
 def _parent(name: str) -> str:
@@ -374,10 +410,29 @@ def _query_and_value(modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[i
             out_features, in_features = linear_shape(modules[name])
             # Other proportions hold something else: GPT-2's cross-attention fuses key and value only.
             if out_features == 3 * in_features:
-                targets[name] = [(0, in_features), (2 * in_features, 3 * in_features)]
+                whole = _interleaves_heads(modules[prefix])
+                targets[name] = None if whole else [(0, in_features), (2 * in_features, 3 * in_features)]
         elif any(child in pair and all(prefix + dot + other in linear for other in pair) for pair in QUERY_VALUE_NAMES):
             targets[name] = None
     return targets
+
+
+def _interleaves_heads(attention: nn.Module) -> bool:
+    """Whether a fused projection holds query, key and value of one head after the other: it is adapted whole then."""
+    # timm's MaxViT and CoAtNet; GPTBigCode, whose one key and value for all heads has other proportions.
+    return getattr(attention, "head_first", False) or hasattr(attention, "multi_query")
+
+
+def _head_parameters(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> dict[str, nn.Parameter]:
+    """What is trained in full by default: the head's parameters that are not frozen, nor an embedding's."""
+    # The output layer of a language model is often its embedding, as Whisper's and BERT's are.
+    embeddings = {id(p) for m in modules.values() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    return {
+        f"{name}.{key}": p
+        for name in _find_head(modules, targets)
+        for key, p in named_parameters(modules[name])
+        if p.requires_grad and id(p) not in embeddings
+    }
 
 
 def _find_head(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> list[str]:
@@ -403,8 +458,9 @@ def _find_head(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> list
     if frozen:
         return []
     raise ValueError(
-        "Expected to find a task head beside the adapted layers but found none; name the modules to train in full with "
-        f"modules_to_save, or give an empty list to train adapters only. {_linear_layers_seen(modules)}"
+        "Expected to find a task head beside the adapted layers but found none, a head that holds a target not "
+        "counted; name the modules to train in full with modules_to_save, or give an empty list to train adapters "
+        f"only. {linear_layers_seen(modules)}"
     )
 
 
@@ -419,12 +475,12 @@ def _match(argument: str, modules: Mapping[str, nn.Module], wanted: Sequence[str
     if missing:
         raise ValueError(
             f"Expected {argument} to match modules but nothing matches {', '.join(map(repr, missing))}. "
-            + _linear_layers_seen(modules)
+            + linear_layers_seen(modules)
         )
     return matched
 
 
-def _linear_layers_seen(modules: Mapping[str, nn.Module]) -> str:
+def linear_layers_seen(modules: Mapping[str, nn.Module]) -> str:
     """The model's linear layers for an error message; those that differ in an index only are folded."""
     kinds: dict[str, list[str]] = {}
     for name, module in modules.items():
@@ -436,7 +492,7 @@ def _linear_layers_seen(modules: Mapping[str, nn.Module]) -> str:
 
 def _refuse_tied_weights(model: nn.Module, targets: Iterable[str]) -> None:
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(model, remove_duplicate=False):
         parent, _, key = name.rpartition(".")
         owner = f"{parent}.{IN_PROJ}".lstrip(".") if key.startswith("in_proj_") else parent
         owners.setdefault(id(parameter), []).append(owner)
@@ -446,6 +502,16 @@ def _refuse_tied_weights(model: nn.Module, targets: Iterable[str]) -> None:
                 f"Expected the weights of targets to be their own but {' and '.join(names)} share one; "
                 "leave them out of target_modules or untie them."
             )
+
+
+def _refuse_targets_in(head: Iterable[str], targets: Iterable[str]) -> None:
+    for name in targets:
+        for trained in head:
+            if f"{name}.".startswith(f"{trained}."):
+                raise ValueError(
+                    f"Expected targets outside of modules_to_save but {name} lies in {trained}, which is trained in "
+                    "full; leave it out of one of them."
+                )
 
 
 def _refuse_attention(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> None:

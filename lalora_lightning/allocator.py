@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_lightning import functional
-from lalora_lightning.adapters import GroupBy, group_names, require_lora_layers
+from lalora_lightning.adapters import GroupBy, group_names, lora_layers, require_lora_layers, require_unmerged
 from lalora_lightning.layers import TruncatedLoRALinear, whole
 
 Contribution = Literal["norm", "fisher"]
@@ -66,8 +66,9 @@ class RankAllocator:
         growth_rates: ``(L,)``, growth of the values over the step before the last decision (Eq. 6); NaN likewise.
 
     Raises:
-        ValueError: The model has no LoRA layers, layers of different maximum rank or flattened parameters (FSDP of the
-            first generation, DeepSpeed stage 3), or an argument is out of range.
+        ValueError: The model has no LoRA layers, layers of different maximum rank, on several devices or with flattened
+            parameters (FSDP of the first generation, DeepSpeed stage 3), or an argument is out of range.
+        RuntimeError: A layer is merged.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class RankAllocator:
     ) -> None:
         check_settings(gamma, contribution, contribution_scale, temperature, growth, interval, freeze_after)
         layers = require_lora_layers(model)
+        require_unmerged(layers)
         groups = group_names(layers, group_by)
         max_ranks = {layer.max_rank for layer in layers.values()}
         if len(max_ranks) > 1:
@@ -104,6 +106,12 @@ class RankAllocator:
                     f"ModelParallelStrategy), but {name}.lora_A has the shape {tuple(layer.lora_A.shape)}: FSDP of the "
                     "first generation and DeepSpeed stage 3 flatten parameters."
                 )
+        devices = sorted({str(layer.lora_A.device) for layer in layers.values()})
+        if len(devices) > 1:
+            raise ValueError(
+                f"Expected all adapters to be on one device but they are on {', '.join(devices)}; load the model "
+                "without device_map, onto one."
+            )
         if average_rank is not None and not 1 <= average_rank <= self.max_rank:
             raise ValueError(f"Expected average_rank to be in [1, {self.max_rank}] but got {average_rank}.")
 
@@ -185,6 +193,10 @@ class RankAllocator:
         self._value = torch.where(finite, value, self._value)
         self.skipped += ~finite
         self._write()
+
+    def drives(self, model: nn.Module) -> bool:
+        """Whether the model's LoRA layers are the ones that this allocator decides about."""
+        return set(lora_layers(model).values()) == set(self._projections)
 
     @property
     def frozen(self) -> bool:

@@ -12,14 +12,24 @@ from lightning.pytorch.callbacks import ModelSummary, StochasticWeightAveraging,
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lalora_lightning.adapters import GroupBy, add_lora, lora_layers, summarize
+from lalora_lightning.adapters import (
+    GroupBy,
+    add_lora,
+    find_targets,
+    linear_layers_seen,
+    lora_layers,
+    named_modules,
+    require_unmerged,
+    summarize,
+)
 from lalora_lightning.allocator import Contribution, ContributionScale, Growth, RankAllocator, check_settings
-from lalora_lightning.base_linear import is_linear
 from lalora_lightning.initialization import Init
+from lalora_lightning.layers import TruncatedLoRALinear, whole
 from lalora_lightning.rank_report import print_rank_report
 from lalora_lightning.run_logging import costs, log_layout, log_results, log_settings
 from lalora_lightning.sparsity import layer_sparsity
@@ -154,17 +164,14 @@ class LaLoraCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Put the layers in, early enough for the optimizer and for weights that are restored."""
         if self._module is not None and self._module is not pl_module:
-            # What was kept of another module's run is no part of this one's.
-            self.allocator, self.history, self._skipped = None, [], 0
-            self._last_step = self._restored = self._random = None
+            self._forget()
         if self._module is not pl_module and isinstance(self.fixed_ranks, Mapping) and lora_layers(pl_module):
             raise ValueError(
                 "Expected a module without LoRA layers, to adapt at the ranks of fixed_ranks, but it has some; give "
                 "the pattern to add_lora as rank_pattern, and fixed_ranks=True."
             )
         self._module = pl_module
-        # A module without linear layers builds its model later, and adapts it itself.
-        if not lora_layers(pl_module) and any(map(is_linear, pl_module.modules())):
+        if not lora_layers(pl_module) and not self._is_built_later(pl_module):
             self._refuse_to_adapt_a_copy(trainer)
             add_lora(
                 pl_module,
@@ -193,17 +200,27 @@ class LaLoraCallback(pl.Callback):
             self._strict_loading = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not lora_layers(pl_module):
+        layers = lora_layers(pl_module)
+        if not layers:
             raise RuntimeError(
                 "Expected the LightningModule to have LoRA layers when fit starts but it has none. A module that "
-                "builds its model in setup() or configure_model() has to call add_lora(self) at the end of it."
+                "builds its model in setup() or configure_model() has to call add_lora(self) at the end of it, with "
+                f"target_modules where the usual names do not fit. {linear_layers_seen(named_modules(pl_module))}"
             )
+        require_unmerged(layers)
         self._require_optimized(trainer, pl_module)
+        if self.allocator is not None and not self.allocator.drives(pl_module):
+            self._forget()
         if self.fixed_ranks is not False:
             if trainer.ckpt_path is None:
-                for layer in lora_layers(pl_module).values():
+                for layer in layers.values():
                     layer.set_rank(layer.max_rank)
         elif self.allocator is None:
+            if trainer.ckpt_path is None and self._restored is None and any(map(_was_trained, layers.values())):
+                rank_zero_warn(
+                    "La-LoRA: the adapters have been trained already, and their ranks start anew; resume by "
+                    "fit(ckpt_path=...) to go on with the ranks of a run, or keep them with fixed_ranks."
+                )
             self.allocator = self._build_allocator(trainer, pl_module)
         if self._restored is not None:
             self._restore(self._restored)
@@ -217,6 +234,12 @@ class LaLoraCallback(pl.Callback):
         self._random = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        resumed = trainer.ckpt_path is not None and trainer.global_step > 0
+        if self.allocator is not None and self._last_step is None and resumed:
+            raise ValueError(
+                f"Expected {trainer.ckpt_path} to be of a run with LaLoraCallback but it has none of its state; resume "
+                "from another one, or load_lora_state_dict(module, path) and fit without ckpt_path."
+            )
         if self.allocator is not None and self._last_step is not None and self._last_step < trainer.global_step:
             # The checkpoint was saved after an optimizer step and before this callback's turn.
             self.allocator.step()
@@ -244,9 +267,11 @@ class LaLoraCallback(pl.Callback):
             return
         self.allocator.step()
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and trainer.global_step % every == 0:
+        # As Lightning counts for the loggers, which is not by optimizers where there are several.
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if every and (step + 1) % every == 0:
             metrics = self._metrics(trainer, pl_module)
-            self._log_metrics(trainer, metrics)
+            _log_metrics(trainer, metrics, step)
             # On the CPU already, so that the progress bar does not ask the device for it at every refresh.
             pl_module.log("rank/total", torch.tensor(metrics["rank/total"]), prog_bar=True, logger=False, on_step=True)
 
@@ -254,7 +279,7 @@ class LaLoraCallback(pl.Callback):
         metrics = costs(pl_module, time.monotonic() - self._started)
         if self.allocator is not None and self.history[-1][0] != trainer.global_step:
             metrics |= self._metrics(trainer, pl_module)
-        self._log_metrics(trainer, metrics)
+        _log_metrics(trainer, metrics, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
         if self.allocator is None or not trainer.is_global_zero:
             return
         log_results(trainer)
@@ -296,6 +321,19 @@ class LaLoraCallback(pl.Callback):
             self._restore(state_dict)
         else:
             self._restored = state_dict or None
+
+    def _forget(self) -> None:
+        """What was kept of a run of other layers is no part of this one's."""
+        self.allocator, self.history, self._skipped = None, [], 0
+        self._last_step = self._restored = self._random = None
+
+    def _is_built_later(self, pl_module: pl.LightningModule) -> bool:
+        """Whether the module may build its model after the callback's turn, and adapt it itself."""
+        try:
+            find_targets(named_modules(pl_module), self.target_modules)
+        except ValueError:
+            return is_overridden("configure_model", pl_module) or is_overridden("setup", pl_module)
+        return False
 
     @property
     def _has_state(self) -> bool:
@@ -436,10 +474,15 @@ class LaLoraCallback(pl.Callback):
             metrics |= {f"sparsity/{name}": share for name, share in zip(names, sparsity, strict=True)}
         return metrics
 
-    def _log_metrics(self, trainer: pl.Trainer, metrics: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            # Lightning counts the steps of what it logs from zero.
-            logger.log_metrics(metrics, step=trainer.global_step - 1)
+
+def _log_metrics(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=step)
+
+
+def _was_trained(layer: TruncatedLoRALinear) -> bool:
+    """Whether the adapter does anything yet."""
+    return bool((whole(layer.lora_B) != (0 if layer.start_B is None else layer.start_B)).any())
 
 
 def _check_state(state: Any) -> None:

@@ -14,6 +14,7 @@ from lalora_lightning.adapters import (
     insert_layers,
     lora_layers,
     named_modules,
+    named_parameters,
     remove_layers,
     require_lora_layers,
     shared_parts,
@@ -125,7 +126,7 @@ def without_frozen(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]
 def frozen_names(model: nn.Module) -> set[str]:
     """Names of the frozen parameters, without adapters."""
     factors = {f"{name}.{factor}".lstrip(".") for name in lora_layers(model) for factor in ("lora_A", "lora_B")}
-    return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad} - factors
+    return {name for name, p in named_parameters(model, remove_duplicate=False) if not p.requires_grad} - factors
 
 
 def _from_root(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -145,8 +146,8 @@ def _from_root(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _quantization_keys(model: nn.Module, state: Mapping[str, Any]) -> set[str]:
     """What a state holds of quantised layers beside their parameters: scales and code books of the frozen weights."""
-    prefixes = tuple(f"{name}." for name, module in model.named_modules() if is_quantized(module))
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    prefixes = tuple(f"{name}." for name, module in named_modules(model).items() if is_quantized(module))
+    parameters = {name for name, _ in named_parameters(model, remove_duplicate=False)}
     return {key for key in state if prefixes and key.startswith(prefixes) and key not in parameters}
 
 
@@ -188,8 +189,8 @@ def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     trained = find_head(model, layers)
     if not any(str(key).endswith(".base_layer.weight") for key in state):
-        trained |= {name for name, _ in model.named_parameters() if name in state}
-    insert_layers(model, layers, [p for name, p in model.named_parameters() if name in trained])
+        trained |= {name for name, _ in named_parameters(model) if name in state}
+    insert_layers(model, layers, [p for name, p in named_parameters(model) if name in trained])
     try:
         check_state(model, state)
     except ValueError as error:
@@ -215,8 +216,10 @@ def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, T
                 raise ValueError("lora_B or _extra_state do not describe an adapter")
             scaling, *edges = extra.tolist()
             slices = [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+            # Trained in float32 also where the file holds less.
+            dtype = torch.promote_types(factor.dtype, torch.float32)
             layers[name] = TruncatedLoRALinear.with_scaling(
-                modules[name], factor.shape[-1], scaling, out_slices=slices, dtype=factor.dtype
+                modules[name], factor.shape[-1], scaling, out_slices=slices, dtype=dtype
             )
             if f"{name}.start_B" in state:
                 layers[name].keep_start()

@@ -220,7 +220,10 @@ class TruncatedLoRALinear(nn.Module):
         return list(zip(A.chunk(len(widths)), B.split(widths), strict=True))
 
     def increment(self) -> Tensor:
-        """The weight increment ``P = scaling * B_r' A_r'`` (m x d) at the rank in force, in float32 or wider."""
+        """The weight increment ``P = scaling * B_r' A_r'`` (m x d) at the rank in force, in float32 or wider.
+
+        A sharded adapter is gathered: every process has to ask.
+        """
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         increment = torch.zeros(self.out_features, self.in_features, device=self.lora_A.device, dtype=dtype)
         A, B, mask = self._factors(self.rank_mask)
@@ -248,11 +251,12 @@ class TruncatedLoRALinear(nn.Module):
 
     def _factors(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A, B and the mask of their components as they act: where there is a start, it follows with a minus sign."""
+        own_A, own_B = whole(self.lora_A), whole(self.lora_B)
         if self.start_A is None or self.start_B is None:
-            return self.lora_A, self.lora_B, mask
-        pairs = zip(self.split(self.lora_A, self.lora_B), self.split(self.start_A, self.start_B), strict=True)
+            return own_A, own_B, mask
+        pairs = zip(self.split(own_A, own_B), self.split(self.start_A, self.start_B), strict=True)
         A = torch.cat([A for (own, _), (start, _) in pairs for A in (own, start)])
-        return A, torch.cat([self.lora_B, -self.start_B], dim=1), mask.repeat(2)
+        return A, torch.cat([own_B, -self.start_B], dim=1), mask.repeat(2)
 
     def _mask_in_force(self) -> Tensor:
         if not (self.random_rank and self.training):
@@ -290,7 +294,8 @@ class TruncatedLoRALinear(nn.Module):
         if self._quantized:
             # It multiplies by its weight without a full copy of it, and has its own backward pass.
             out = self.base_layer(rows)
-            return _add_lora(out, rows if lora_rows is None else lora_rows, A, B, *fixed).view(*x.shape[:-1], -1)
+            out = _add_lora(out, rows if lora_rows is None else lora_rows, A, B, *fixed)
+            return out.view(*x.shape[:-1], self.out_features)
         weight, bias = self._base_parameters(dtype)
         if torch.is_grad_enabled():
             out = _TruncatedLoRA.apply(rows, lora_rows, weight, bias, A, B, *fixed)

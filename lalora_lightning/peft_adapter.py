@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lalora_lightning.adapters import insert_layers, lora_layers, require_lora_layers, summarize
+from lalora_lightning.adapters import (
+    insert_layers,
+    lora_layers,
+    named_modules,
+    named_parameters,
+    require_lora_layers,
+    summarize,
+)
 from lalora_lightning.base_linear import is_conv1d, is_linear, linear_shape
 from lalora_lightning.layers import TruncatedLoRALinear, lora_scaling
 from lalora_lightning.model_card import is_model_card, model_card
@@ -181,7 +188,7 @@ def load_peft_adapter(
             factors.setdefault(name, {})[side[0]] = value
         else:
             saved[key.removeprefix(_PREFIX)] = value
-    modules, own = dict(model.named_modules()), model.state_dict()
+    modules, own = named_modules(model), model.state_dict()
     problems = [
         f"{key} does not fit the model"
         for key, value in saved.items()
@@ -200,7 +207,7 @@ def load_peft_adapter(
         problems.append("it holds no LoRA of a linear layer")
     if problems:
         raise ValueError(f"Cannot adapt the model by {folder}: {'; '.join(problems)}.")
-    insert_layers(model, layers, [p for name, p in model.named_parameters() if name in saved])
+    insert_layers(model, layers, [p for name, p in named_parameters(model) if name in saved])
     model.load_state_dict(saved, strict=False)
 
 
@@ -243,7 +250,9 @@ def _layer(module: nn.Module, pair: Mapping[str, Tensor], scaling: float, highes
             f"expected lora_A and lora_B of shapes ({rank}, {d}) and ({m}, {rank}) but got {tuple(A.shape)} and "
             f"{tuple(B.shape)}"
         )
-    layer = TruncatedLoRALinear.with_scaling(module, min(highest, m, d), scaling, dtype=A.dtype)
+    # Trained in float32 also where the file holds less.
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    layer = TruncatedLoRALinear.with_scaling(module, min(highest, m, d), scaling, dtype=dtype)
     layer.lora_A[:rank], layer.lora_B[:, :rank] = A, B
     layer.set_rank(rank)
     return layer

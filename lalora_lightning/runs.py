@@ -281,6 +281,8 @@ def _from_checkpoint(path: Path) -> Run:
         raise ValueError(f"Expected {path} to be of a run with adaptive ranks but its ranks were fixed.")
     allocator, last_step = state["allocator"], state["last_step"]
     history = [*state["history"]]
+    if not history:
+        raise ValueError(f"Expected {path} to be of a run that has begun but it was saved before the first step.")
     if last_step is not None and history[-1][0] < last_step:
         # The ranks in force, which were not read for the logs.
         history.append([last_step, allocator["ranks"].tolist(), float(allocator["budget"])])

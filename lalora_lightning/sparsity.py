@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from lalora_lightning import functional
 from lalora_lightning.adapters import GroupBy, group_names, require_lora_layers
-from lalora_lightning.layers import TruncatedLoRALinear, whole
+from lalora_lightning.layers import TruncatedLoRALinear
 
 
 @torch.no_grad()
@@ -36,12 +36,6 @@ def layer_sparsity(model: nn.Module, group_by: GroupBy = "block") -> Tensor:
 
 def _slice_sparsities(layer: TruncatedLoRALinear) -> list[tuple[Tensor, int]]:
     """Sparsity and number of entries of each adapted slice."""
-    increments = _products(layer, whole(layer.lora_A), whole(layer.lora_B))
-    if layer.start_A is not None and layer.start_B is not None:
-        starts = _products(layer, layer.start_A, layer.start_B)
-        increments = [own - start for own, start in zip(increments, starts, strict=True)]
-    return [(functional.sparsity(layer.scaling * increment), increment.numel()) for increment in increments]
-
-
-def _products(layer: TruncatedLoRALinear, A: Tensor, B: Tensor) -> list[Tensor]:
-    return [(B_i.float() * layer.rank_mask) @ A_i.float() for A_i, B_i in layer.split(A, B)]
+    increment = layer.increment()
+    slices = [increment[start:stop] for start, stop in layer.out_slices]
+    return [(functional.sparsity(part), part.numel()) for part in slices]

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
+from lalora_lightning.adapters import state_name
 from lalora_lightning.base_linear import is_4bit
 from lalora_lightning.checkpoint import check_file, check_state, frozen_names, without_frozen
 
@@ -65,5 +66,5 @@ def _accept_adapter_only(module: nn.Module, incompatible_keys: Any) -> None:
     """No frozen parameter in a state: an adapter-only one, which lacks nothing. Only some of them is an error."""
     frozen = frozen_names(module)
     missing = incompatible_keys.missing_keys
-    if frozen <= set(missing):
-        missing[:] = [key for key in missing if key not in frozen]
+    if frozen <= set(map(state_name, missing)):
+        missing[:] = [key for key in missing if state_name(key) not in frozen]

@@ -1,6 +1,7 @@
 """Finding projections and heads in the model families, freezing, counting, and what is refused."""
 
 import copy
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,28 @@ def test_a_fused_projection_named_by_the_user_is_adapted_whole():
     model = timm_vit()
     add_lora(model, rank=4, target_modules=["qkv"])
     assert model.blocks[0].attn.qkv.out_slices == ((0, 96),)
+
+
+def test_heads_one_after_the_other_are_adapted_whole():
+    """A third of such a projection is no query: MaxViT's attention has q, k, v of head 1, then of head 2, ..."""
+    attention = timm.models.maxxvit.AttentionCl(dim=64, dim_head=32)
+    model = nn.Sequential(OrderedDict(attention=attention, head=nn.Linear(64, 2)))
+    add_lora(model, rank=4)
+    assert model.attention.qkv.out_slices == ((0, 192),)
+    attention = timm.models.maxxvit.AttentionCl(dim=64, dim_head=32, head_first=False)
+    model = nn.Sequential(OrderedDict(attention=attention, head=nn.Linear(64, 2)))
+    add_lora(model, rank=4)
+    assert model.attention.qkv.out_slices == ((0, 64), (128, 192))
+
+
+def test_an_embedding_is_no_head():
+    """An output layer that is the embedding, too, would train all of it: BERT's adapts its own dense layer and bias."""
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**TEXT))
+    summary = add_lora(model, rank=4)
+    assert not model.bert.embeddings.word_embeddings.weight.requires_grad
+    assert model.cls.predictions.transform.dense.weight.requires_grad
+    # Dense layer, its norm, and the bias of the output layer.
+    assert summary.head_parameters == 32 * 32 + 32 + 2 * 32 + 50
 
 
 def test_cross_attention_that_fuses_key_and_value_is_not_taken_for_query_and_value():
@@ -332,6 +355,12 @@ def test_a_target_whose_weight_is_tied(model: TinyTransformer):
     model.blocks[2].value = model.blocks[0].value
     with pytest.raises(ValueError, match=r"blocks\.0\.value and blocks\.2\.value share one"):
         add_lora(model)
+    assert unchanged(model)
+
+
+def test_a_target_in_a_module_that_is_trained_in_full(model: TinyTransformer):
+    with pytest.raises(ValueError, match=r"blocks\.1\.query lies in blocks\.1, which is trained in full"):
+        add_lora(model, modules_to_save=["blocks.1", "head"])
     assert unchanged(model)
 
 

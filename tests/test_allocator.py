@@ -448,3 +448,10 @@ def test_a_state_of_another_model_lists_all_that_differs(adapted: TinyTransforme
         allocator.load_state_dict({key: before[key] for key in before if key not in ("budget", "value")})
     after = allocator.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in ("ranks", "budget", "value", "skipped"))
+
+
+def test_adapters_on_several_devices_are_refused(adapted: TinyTransformer):
+    layer = adapted.blocks[1].value
+    layer.lora_A = nn.Parameter(layer.lora_A.to("meta"))
+    with pytest.raises(ValueError, match=r"to be on one device but they are on cpu, meta; load .* onto one"):
+        RankAllocator(adapted)

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lalora_lightning import LaLoraCallback, add_lora, load_lora_state_dict, lora_layers
+from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, load_lora_state_dict, lora_layers, merge_lora
 from tests.conftest import TinyTransformer
 
 
@@ -95,15 +95,20 @@ def test_it_acts_once_per_optimizer_step_when_gradients_accumulate(tmp_path: Pat
     assert [step for step, _, _ in callback.history] == list(range(7))
 
 
-def test_a_training_step_that_returns_none_is_no_optimizer_step(tmp_path: Path):
+def test_a_training_step_that_returns_none_changes_no_rank(tmp_path: Path):
+    """Lightning counts such a batch as a step, with which the optimizer does nothing."""
+
     class Skipping(Task):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor | None:
-            return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+            return None if batch_idx > 3 else super().training_step(batch, batch_idx)
 
-    module, callback = Skipping(), LaLoraCallback(rank=4)
+    callback = LaLoraCallback(rank=4, gamma=3.0)
     trainer = new_trainer(tmp_path, callback, max_epochs=1)
-    trainer.fit(module, loader(7))
-    assert callback.allocator.steps == trainer.global_step
+    trainer.fit(Skipping(), loader(7))
+    assert callback.allocator.steps == trainer.global_step == 7
+    decisions = [(ranks, budget) for _, ranks, budget in callback.history]
+    assert len(set(map(str, decisions[:5]))) == 5
+    assert decisions[4] == decisions[5] == decisions[6] == decisions[7]
 
 
 def test_two_loggers_hold_the_keys(tmp_path: Path):
@@ -165,6 +170,17 @@ def test_a_model_built_in_configure_model_is_adapted_there(tmp_path: Path):
                 self.model = TinyTransformer()
                 add_lora(self, rank=4)
 
+    class LateWithALinear(Late):
+        def __init__(self) -> None:
+            super().__init__()
+            self.probe = nn.Linear(3, 3)
+
+        def configure_model(self) -> None:
+            if self.model is None:
+                self.model = TinyTransformer()
+                add_lora(self, rank=4, modules_to_save=["head"])
+
+    new_trainer(tmp_path, LaLoraCallback(), max_epochs=1).fit(LateWithALinear(), loader())
     callback = LaLoraCallback()
     new_trainer(tmp_path, callback, max_epochs=1).fit(Late(), loader())
     assert callback.allocator.steps == 7
@@ -173,7 +189,7 @@ def test_a_model_built_in_configure_model_is_adapted_there(tmp_path: Path):
         def configure_model(self) -> None:
             self.model = TinyTransformer()
 
-    with pytest.raises(RuntimeError, match=r"add_lora\(self\) at the end"):
+    with pytest.raises(RuntimeError, match=r"add_lora\(self\) at the end.* seen: model\.blocks\.0\.query to "):
         new_trainer(tmp_path, LaLoraCallback()).fit(TooLate(), loader())
 
 
@@ -425,6 +441,42 @@ def test_another_module_gets_its_own_allocator(tmp_path: Path):
     assert callback.allocator is not first
     assert callback.allocator.steps == 7
     assert [step for step, _, _ in callback.history] == list(range(8))
+
+
+def test_layers_put_in_anew_get_their_own_allocator(tmp_path: Path):
+    module, callback = Task(), LaLoraCallback(rank=4, gamma=3.0)
+    new_trainer(tmp_path, callback).fit(module, loader())
+    merge_lora(module, remove=True)
+    new_trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    assert callback.allocator.steps == 7
+    assert callback.history[0] == (0, [1, 1, 1], 3.0)
+    assert [int(module.model.blocks[i].value.rank) for i in range(3)] == callback.allocator.ranks.tolist()
+
+
+@pytest.mark.parametrize("fixed_ranks", [False, True])
+def test_merged_adapters_are_not_trained(fixed_ranks: bool, tmp_path: Path):
+    module, callback = Task(), LaLoraCallback(rank=4, fixed_ranks=fixed_ranks)
+    new_trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    merge_lora(module)
+    with pytest.raises(RuntimeError, match=r"model\.blocks\.0\.query is merged.*call unmerge_lora"):
+        new_trainer(tmp_path, callback, max_epochs=1).fit(module, loader())
+    with pytest.raises(RuntimeError, match=r"model\.blocks\.0\.query is merged.*call unmerge_lora"):
+        RankAllocator(module)
+
+
+def test_ranks_of_an_earlier_run_are_not_lost_in_silence(tmp_path: Path):
+    module = Task()
+    add_lora(module, rank=4)
+    trainer = new_trainer(tmp_path, max_epochs=1)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "lora.ckpt")
+    with pytest.raises(ValueError, match=r"lora\.ckpt to be of a run with LaLoraCallback but it has none of its state"):
+        new_trainer(tmp_path, LaLoraCallback(rank=4)).fit(Task(), loader(), ckpt_path=tmp_path / "lora.ckpt")
+
+    module = Task()
+    load_lora_state_dict(module, tmp_path / "lora.ckpt")
+    with pytest.warns(UserWarning, match="trained already, and their ranks start anew"):
+        new_trainer(tmp_path, LaLoraCallback(rank=4), max_epochs=1).fit(module, loader())
 
 
 def test_a_checkpoint_is_restored_into_the_module_that_is_fitted_and_into_no_other(tmp_path: Path):

@@ -7,18 +7,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from lalora_lightning import (
     RankAllocator,
     TruncatedLoRALinear,
     add_lora,
     load_lora_state_dict,
+    load_peft_adapter,
     lora_layers,
     lora_state_dict,
     merge_lora,
+    save_peft_adapter,
     trim_lora,
 )
-from tests.conftest import TinyTransformer
+from tests.conftest import Attention, TinyTransformer
 
 
 def fresh(rank: int = 4) -> TinyTransformer:
@@ -224,6 +227,9 @@ def test_a_state_in_half_precision_is_loaded(adapted: TinyTransformer, dtype: to
     load_lora_state_dict(model, state)
     model.load_state_dict(state, strict=False)
     assert model.blocks[0].query.scaling == 16 / 3
+    plain = TinyTransformer()
+    load_lora_state_dict(plain, state)
+    assert plain.blocks[0].query.lora_A.dtype == torch.float32
 
 
 def test_extra_state_of_other_modules_is_their_own():
@@ -296,3 +302,30 @@ def test_a_state_of_a_module_around_the_model_goes_into_the_model_itself():
     for model in (plain, other):
         load_lora_state_dict(model, state)
         torch.testing.assert_close(model(x), adapted(x))
+
+
+@pytest.mark.parametrize("first", ["adapt", "wrap"])
+def test_activation_checkpointing_does_not_show(first: str, tmp_path: Path):
+    model, plain = TinyTransformer(), TinyTransformer()
+    for step in ("adapt", "wrap") if first == "adapt" else ("wrap", "adapt"):
+        if step == "adapt":
+            add_lora(model, rank=4)
+        else:
+            apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Attention))
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B)
+    assert list(lora_layers(model)) == [f"blocks.{i}.{name}" for i in range(3) for name in ("query", "value")]
+    state = lora_state_dict(model)
+    assert not any("wrapped" in key or "base_layer" in key for key in state)
+    load_lora_state_dict(model, state)
+
+    plain.load_state_dict({key.replace("base_layer.", ""): value for key, value in model.state_dict().items()}, False)
+    x = torch.randn(2, 5, 8)
+    save_peft_adapter(model, tmp_path / "adapter")
+    load_peft_adapter(adapted := copy.deepcopy(plain), tmp_path / "adapter")
+    torch.testing.assert_close(adapted(x), model(x))
+    load_lora_state_dict(plain, state)
+    torch.testing.assert_close(plain(x), model(x))
+    merge_lora(model, remove=True)
+    assert not lora_layers(model)
+    torch.testing.assert_close(plain(x), model(x))

@@ -1,5 +1,6 @@
 """LaLoraCallback together with what else a Trainer can do."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ModelCheckpoint,
 )
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor
@@ -86,10 +88,13 @@ class TwoOptimizers(Task):
 
 
 def test_several_optimizers_by_hand_are_one_step_a_batch(tmp_path: Path):
-    callback, trainer = fit(tmp_path, TwoOptimizers())
-    # Lightning counts the steps of both.
+    logger = CSVLogger(tmp_path)
+    callback, trainer = fit(tmp_path, TwoOptimizers(), logger=logger, log_every_n_steps=5)
+    # Lightning counts the steps of both, but not for its loggers.
     assert trainer.global_step == 3 * (7 + 3)
     assert callback.allocator.steps == 21
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["rank/total"]] == ["4", "9", "14", "19", "20"]
 
 
 def test_early_stopping_by_the_total_rank(tmp_path: Path):

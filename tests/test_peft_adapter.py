@@ -12,7 +12,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     DebertaV2Config,
@@ -369,3 +369,11 @@ def test_a_lightning_module_is_not_the_model_itself(tmp_path: Path):
     for function in (save_peft_adapter, load_peft_adapter):
         with pytest.raises(ValueError, match=r"got the LightningModule .* such as module\.model"):
             function(module, tmp_path)
+
+
+def test_an_adapter_in_half_precision_is_trained_in_float32(adapted: TinyTransformer, tmp_path: Path):
+    save_peft_adapter(adapted, tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file({name: value.half() for name, value in load_file(weights).items()}, weights)
+    load_peft_adapter(model := TinyTransformer(), tmp_path)
+    assert {layer.lora_A.dtype for layer in lora_layers(model).values()} == {torch.float32}

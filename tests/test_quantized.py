@@ -124,6 +124,11 @@ def test_its_state_holds_nothing_of_the_quantised_weights(bits):
 
 
 @both
+def test_an_empty_batch(bits):
+    assert adapted_model(bits).blocks[0].query(torch.zeros(0, 5, 64)).shape == (0, 5, 64)
+
+
+@both
 def test_a_merge_is_refused_and_the_way_out_works(bits):
     model = adapted_model(bits)
     with pytest.raises(TypeError, match=r"floating point but got a quantised one .* without quantisation"):

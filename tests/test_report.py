@@ -139,6 +139,9 @@ def test_errors_say_what_to_do(tmp_path: Path):
 
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     assert "to be a checkpoint of a Trainer but it cannot be read" in error(tmp_path / "text.ckpt")
+    state = {"allocator": {}, "history": [], "last_step": None}
+    torch.save({"callbacks": {"LaLoraCallback": state}}, tmp_path / "early.ckpt")
+    assert "but it was saved before the first step" in error(tmp_path / "early.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
     assert "to hold the state of a LaLoraCallback but it has none" in error(tmp_path / "plain.ckpt")
 
