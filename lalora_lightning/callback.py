@@ -246,6 +246,9 @@ class LaLoraCallback(pl.Callback):
         # Another Trainer counts its steps from zero again.
         self._last_step = trainer.global_step
         self._started = time.monotonic()
+        if pl_module.device.type == "cuda":
+            # Of this run, not of what the process did before.
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
         if self.allocator is not None:
             self._read(trainer)
             log_layout(trainer)

@@ -201,6 +201,15 @@ def plot_comparison(scores: Mapping[str, Sequence[float]], score: str) -> Figure
     return figure
 
 
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation of a sample of two and more; NaN, at which ``statistics`` fails, where a value is none.
+
+    >>> deviation([1.0, 2.0, 3.0]), deviation([1.0, math.nan])
+    (1.0, nan)
+    """
+    return math.nan if any(map(math.isnan, values)) else statistics.stdev(values)
+
+
 def confidence(values: Sequence[float]) -> float:
     """Half the width of the 95% interval of the mean, by Student's t; 0 for a single value.
 
@@ -214,7 +223,7 @@ def confidence(values: Sequence[float]) -> float:
     # Above 10 degrees of freedom the first terms of the expansion around the normal quantile are as exact.
     z = 1.96
     t = quantiles[freedom - 1] if freedom <= 10 else z + (z**3 + z) / (4 * freedom) + 0.0233 * (11 / freedom) ** 2
-    return t * statistics.stdev(values) / math.sqrt(len(values))
+    return t * deviation(values) / math.sqrt(len(values))
 
 
 def _draw_budget(axes: Axes, run: Run) -> None:

@@ -84,6 +84,7 @@ def run(
     recipe: str,
     links: Sequence[tuple[str, str, str]] = (),
     variants: tuple[str, str] | None = None,
+    shared: Path | None = None,
 ) -> None:
     """Fit, test the best checkpoint, print a table, save the adapter and the table beside the logs.
 
@@ -93,10 +94,11 @@ def run(
         recipe: Path of the recipe; a YAML file of the same name beside it holds its settings.
         links: ``(source, target, "parse" or "instantiate")`` arguments that follow others.
         variants: An argument and its default; ``<recipe>.<value of the argument>.yaml`` overrides the first YAML file.
+        shared: A YAML file that the recipe's own overrides.
     """
     quiet()
     torch.set_float32_matmul_precision("high")
-    files = [Path(recipe).with_suffix(".yaml")]
+    files = [*([] if shared is None else [shared]), Path(recipe).with_suffix(".yaml")]
     if variants is not None:
         # Read before all others, since their defaults depend on it. What it may be is the module's to check.
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -15,7 +15,6 @@ import itertools
 import math
 import platform
 import sys
-import time
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -36,9 +35,8 @@ from recipes.comparison import (
     write_csv,
 )
 from recipes.digits import NamedProgressBar
-from recipes.measuring import PeakMemory
+from recipes.measuring import Costs
 from recipes.methods import METHODS, parse_method
-from recipes.projections import NotApplicableError
 from recipes.ranks import layer_ranks, trimmed_parameters
 from recipes.reporting import quiet
 from recipes.tasks import TASKS, Task, TaskSettings, build_task
@@ -84,6 +82,7 @@ def compare(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     planned = [parse_method(spec) for spec in methods]
+    learning_rates = sorted(learning_rates)
     done = {run_key(record): record for record in read_records(output)}
     for name in [] if report_only else tasks:
         task = build_task(name, task_settings)
@@ -103,9 +102,10 @@ def compare(
                 rate = rates[0] if len(rates) == 1 else search_learning_rate(task, plan, done, output)
                 run = {**plan, "seed": seed, "searched": None, "learning_rate": rate}
                 run_once(task, run, done, output, f"{number}/{len(runs)}")
-            except NotApplicableError as error:
+            except ValueError as error:
+                # The method does not apply, or its settings do not fit: the others go on.
                 if seed == seeds[0]:
-                    print(f"{task.name}: {error}", file=sys.stderr)
+                    print(f"{task.name}, {label(plan)}: {error}", file=sys.stderr)
 
     rows = summarize(done.values())
     tables = markdown(rows)
@@ -122,7 +122,8 @@ def search_learning_rate(task: Task, plan: Record, done: dict[str, Record], outp
     """The learning rate that scores best with the held-out seed; a score that is not a number is the worst."""
     scores = {}
     for rate in plan["learning_rates"]:
-        search = {**plan, "seed": SEARCH_SEED, "searched": rate, "learning_rate": rate}
+        # The same run in a grid of other rates.
+        search = {**plan, "learning_rates": [rate], "seed": SEARCH_SEED, "searched": rate, "learning_rate": rate}
         score = run_once(task, search, done, output, f"learning rate {rate:g}")["score"]
         scores[rate] = -math.inf if math.isnan(score) else score
     return max(scores, key=scores.__getitem__)
@@ -141,12 +142,12 @@ def train(task: Task, plan: Record, title: str) -> Record:
     """Train and test once; what was measured. The title goes before the progress bar.
 
     Raises:
-        NotApplicableError: The method cannot adapt the task's model.
+        ValueError: The method cannot adapt the task's model, a setting is out of range, or there are no batches.
     """
     pl.seed_everything(plan["seed"], verbose=False)
     module = task.new_module(plan["learning_rate"])
     callbacks = METHODS[plan["method"]].adapt(module, **plan["settings"])
-    memory = PeakMemory()
+    costs = Costs()
     bar = NamedProgressBar(f"{title} {task.name}, {label(plan)}, seed {plan['seed']}")
     trainer = pl.Trainer(
         max_steps=task.steps,
@@ -154,7 +155,7 @@ def train(task: Task, plan: Record, title: str) -> Record:
         accelerator="auto",
         devices=1,
         precision=plan["precision"],
-        callbacks=[*callbacks, memory, bar],
+        callbacks=[*callbacks, costs, bar],
         logger=False,
         # Nothing is chosen by them, and on a CPU they can take longer than training.
         limit_val_batches=0,
@@ -163,9 +164,9 @@ def train(task: Task, plan: Record, title: str) -> Record:
     )
     fit_data, test_data = task.loaders(plan["seed"])
     gc.collect()
-    start = time.perf_counter()
     trainer.fit(module, **fit_data)
-    seconds = time.perf_counter() - start
+    if trainer.global_step == 0:
+        raise ValueError("Expected at least one batch of training rows but there is none; lower --batch_size.")
     (scores,) = trainer.test(module, **test_data, verbose=False)
     return {
         "metric": task.metric,
@@ -175,8 +176,8 @@ def train(task: Task, plan: Record, title: str) -> Record:
         "final_parameters": trimmed_parameters(module),
         "ranks": (ranks := layer_ranks(module)),
         "total_rank": sum(ranks.values()) if ranks else None,
-        "seconds": seconds,
-        "memory_mib": memory.mebibytes,
+        "seconds": costs.seconds,
+        "memory_mib": costs.mebibytes,
         "steps": trainer.global_step,
         "device": machine(trainer.strategy.root_device),
         "versions": VERSIONS,

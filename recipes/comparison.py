@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from lalora_lightning.plotting import plot_comparison
+from lalora_lightning.plotting import deviation, plot_comparison
 from recipes.methods import METHODS, method_label
 
 Record = dict[str, Any]
@@ -33,11 +33,15 @@ def run_key(record: Record) -> str:
 
 
 def read_records(path: Path) -> list[Record]:
-    """All complete records of a file, none where there is no file; what follows the last line's end is left out."""
+    """All complete records of a file, none where there is no file; what follows the last line's end is left out.
+
+    A setting that a method has got since has its default: that is how the run was.
+    """
     if not path.exists():
         return []
     complete = path.read_text().rpartition("\n")[0]
-    return [json.loads(line) for line in complete.splitlines()]
+    records = [json.loads(line) for line in complete.splitlines()]
+    return [{**r, "settings": {**METHODS[r["method"]].defaults, **r["settings"]}} for r in records]
 
 
 def append_record(path: Path, record: Record) -> None:
@@ -104,9 +108,7 @@ def summarize(records: Iterable[Record]) -> list[Row]:
     rows = []
     for comparison in _group([r for r in records if r["searched"] is None], _SAME_COMPARISON):
         methods = _group(comparison, ("method", "settings"))
-        references = [method for method in methods if label(method[0]) == REFERENCE]
-        # Of several, from before and after a setting was added, the newest.
-        reference = {r["seed"]: r["score"] for r in references[-1]} if references else {}
+        reference = {r["seed"]: r["score"] for runs in methods if label(runs[0]) == REFERENCE for r in runs}
         rows += [_row(method, reference) for method in methods]
     return rows
 
@@ -176,7 +178,7 @@ def _row(runs: list[Record], reference: dict[int, float]) -> Row:
         seeds=len(runs),
         scores=tuple(scores),
         score=statistics.mean(scores),
-        spread=statistics.stdev(scores) if len(scores) > 1 else None,
+        spread=deviation(scores) if len(scores) > 1 else None,
         trainable_parameters=first["trainable_parameters"],
         final_parameters=statistics.mean(run["final_parameters"] for run in runs),
         total_rank=statistics.mean(map(sum, ranks)) if ranks[0] else None,

@@ -94,9 +94,8 @@ def parse_method(spec: str) -> tuple[Method, dict[str, Any]]:
     for key, value in settings.items():
         if key not in defaults:
             raise ValueError(f"Expected a setting of {name} to be one of {', '.join(defaults)} but got {key!r}.")
-        if isinstance(defaults[key], float):
-            # YAML reads 4 as an integer and 1e-3 as text.
-            settings[key] = float(value)
+        if type(defaults[key]) in (int, float):
+            settings[key] = _number(value, type(defaults[key]), f"{key} of {name}")
     return method, settings
 
 
@@ -109,6 +108,17 @@ def method_label(method: Method, settings: Mapping[str, Any]) -> str:
     changed = {key: value for key, value in settings.items() if value != method.defaults.get(key)}
     written = ",".join(f"{key}={_written(value)}" for key, value in sorted(changed.items()))
     return f"{method.name}:{written}" if written else method.name
+
+
+def _number(value: Any, kind: type, what: str) -> float:
+    # YAML reads 4 as an integer and 1e-3 as text.
+    try:
+        number = float(value)
+        if kind(number) == number:
+            return kind(number)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"Expected {what} to be {'a whole' if kind is int else 'a'} number but got {value!r}.")
 
 
 def _written(value: Any) -> str:

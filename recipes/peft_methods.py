@@ -94,6 +94,10 @@ def add_ia3(module: nn.Module) -> list[pl.Callback]:
         prefix, _, child = name.rpartition(".")
         factors.append(f"{prefix}.{KEY_NAMES[child]}" if child in KEY_NAMES else name)
     _inject(module, IA3Config(target_modules=factors + hidden, feedforward_modules=hidden), targets)
+    for name, parameter in module.named_parameters():
+        if "ia3_l" in name:
+            # A factor of 1 is what it starts from, and no decay should pull it to 0.
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
     return []
 
 
@@ -149,13 +153,18 @@ def add_adalora(
         orthogonality: Weight of the penalty; the paper takes 0.1 to 0.5.
 
     Raises:
-        ValueError: init_rank is not above rank.
+        ValueError: init_rank is not above rank, or there is no time to prune between initial and final.
     """
     from peft import AdaLoraConfig
     from peft.tuners.adalora import AdaLoraModel
 
     if init_rank <= rank:
         raise ValueError(f"Expected init_rank to be above the final rank of {rank} but got {init_rank}.")
+    if not 0 <= initial < 1 - final <= 1:
+        raise ValueError(
+            "Expected initial and final to be fractions of the run that leave time to prune between them but got "
+            f"{initial} and {final}."
+        )
     targets = _targets(module, target_modules)
     head = find_head(module, targets)
     config = AdaLoraConfig(
@@ -187,6 +196,9 @@ class AdaLoraCallback(pl.Callback):
         final: Fraction of the run, its end, in which the ranks stay.
     """
 
+    # Of peft's allocator: the importance of entries, its moving average and that of its uncertainty.
+    _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
     def __init__(self, tuner: Any, initial: float, final: float) -> None:
         self.tuner = tuner
         self.initial = initial
@@ -199,6 +211,20 @@ class AdaLoraCallback(pl.Callback):
         config.total_step = steps
         config.tinit, config.tfinal = int(self.initial * steps), int(self.final * steps)
         self._last_step = trainer.global_step
+        allocator = self.tuner.rankallocator
+        for name in self._AVERAGES:
+            averages = getattr(allocator, name)
+            setattr(allocator, name, {key: value.to(pl_module.device) for key, value in averages.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the allocator remembers of the run and no parameter shows."""
+        averages = {name: dict(getattr(self.tuner.rankallocator, name)) for name in self._AVERAGES}
+        return {"rank_pattern": self.tuner.peft_config["default"].rank_pattern, "averages": averages}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.tuner.peft_config["default"].rank_pattern = state_dict["rank_pattern"]
+        for name, averages in state_dict["averages"].items():
+            setattr(self.tuner.rankallocator, name, averages)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -243,7 +269,10 @@ def _wrap(module: nn.Module, config: Any) -> None:
     """Put peft's wrapper around the transformers model in ``module.model``; it trains the prompt and the head."""
     from peft import get_peft_model
 
-    module.model = get_peft_model(_text_classifier(module), config)
+    model = _text_classifier(module)
+    # peft finds a classifier by its name, and DeBERTa's pooler is new, too.
+    config.modules_to_save = sorted({name.split(".")[0] for name in find_head(model, find_projections(model).names)})
+    module.model = get_peft_model(model, config)
 
 
 def _text_classifier(module: nn.Module) -> PreTrainedModel:

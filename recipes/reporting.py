@@ -5,6 +5,8 @@ import statistics
 import warnings
 from collections.abc import Sequence
 
+from lalora_lightning.plotting import deviation
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows as aligned text columns; the first column to the left, the others to the right."""
@@ -22,7 +24,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def mean_and_spread(numbers: Sequence[float], digits: int = 1) -> str:
     """``mean``, with more than one number ``mean +- standard deviation``."""
     mean = f"{statistics.mean(numbers):.{digits}f}"
-    return mean if len(numbers) == 1 else f"{mean} +- {statistics.stdev(numbers):.{digits}f}"
+    return mean if len(numbers) == 1 else f"{mean} +- {deviation(numbers):.{digits}f}"
 
 
 def quiet() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
+from transformers import BertForSequenceClassification
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 
 from lalora_lightning.data.glue import GlueDataModule
@@ -111,7 +112,7 @@ def _cifar10(settings: TaskSettings) -> Task:
 
     train = TensorDataset(images[~known], labels[~known] - 5)
     test = TensorDataset(test_images[test_new], test_labels[test_new] - 5)
-    backbone = _cached(settings.cache / "cifar10.pt", pretrained)
+    backbone = _cached(settings.cache / f"cifar10-{len(labels)}.pt", pretrained)
     return _images("cifar10", settings, train, test, _new_vit, backbone)
 
 
@@ -137,7 +138,12 @@ def _images(
 
     return Task(
         name,
-        settings={"steps": settings.steps, "batch_size": batch_size},
+        settings={
+            "steps": settings.steps,
+            "batch_size": batch_size,
+            "train_rows": len(train),
+            "test_rows": len(test),
+        },
         metric="test/accuracy",
         learning_rate=5e-3,
         steps=settings.steps,
@@ -159,6 +165,7 @@ def _glue(settings: TaskSettings, task: str) -> Task:
         num_workers=0,
         max_train_rows=settings.max_train_rows,
     )
+    data.setup("fit")
     return Task(
         f"glue/{task}",
         settings={
@@ -167,7 +174,8 @@ def _glue(settings: TaskSettings, task: str) -> Task:
             "epochs": settings.epochs,
             "batch_size": batch_size,
             "max_length": settings.max_length,
-            "max_train_rows": settings.max_train_rows,
+            "train_rows": len(data.splits["train"]),
+            "test_rows": len(data.splits["validation"]),
         },
         metric=f"test/{GLUE_METRICS[task]}",
         learning_rate=5e-4,
@@ -185,9 +193,9 @@ def _new_classifier(name: str, num_labels: int, learning_rate: float) -> Sequenc
     A pooler counts as pretrained and is frozen. That of sentence encoders never was: behind it nothing is learnt.
     """
     module = SequenceClassificationModule(name, num_labels, learning_rate)
-    if getattr(module.model.base_model, "pooler", None) is not None:
+    if isinstance(module.model, BertForSequenceClassification):
         module.model.base_model.pooler = nn.Identity()
-        module.model.classifier = RobertaClassificationHead(module.model.config)
+        module.model.classifier = RobertaClassificationHead(module.model.config)  # type: ignore[assignment]
     return module
 
 

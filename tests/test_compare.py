@@ -1,7 +1,9 @@
 """Comparisons of methods: what is run, what is kept, and what is made of it."""
 
 import csv
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,7 @@ def test_a_method_that_does_not_apply_is_said_and_passed_over(
 ):
     records = run(settings, tmp_path / "a.jsonl", methods=["prefix", "head"], seeds=[0])
     assert [r["method"] for r in records] == ["head"]
-    assert "digits: Method prefix does not apply to this model because" in capsys.readouterr().err
+    assert "digits, prefix: Method prefix does not apply to this model because" in capsys.readouterr().err
 
 
 def test_one_seed_gives_one_order(settings: TaskSettings):
@@ -223,9 +225,43 @@ def test_a_picture_of_each_comparison():
     assert drawn == pytest.approx(sorted(own))
 
 
-def test_the_reference_is_the_newest_of_its_name():
-    rows = summarize([*RECORDS[:2], {**record("digits", "lora", 0, 0.51), "settings": {"rank": 8}}])
-    assert [row.difference for row in rows] == pytest.approx([-1, 1, 0])
+def test_a_setting_that_a_method_has_got_since_orphans_no_run(settings: TaskSettings, tmp_path: Path, trained: list):
+    output = tmp_path / "a.jsonl"
+    (before,) = run(settings, output, methods=["lora"], seeds=[0])
+    settings_then = {key: value for key, value in before["settings"].items() if key != "use_rslora"}
+    output.write_text(json.dumps({**before, "settings": settings_then}) + "\n")
+    trained.clear()
+    assert run(settings, output, methods=["lora"], seeds=[0]) == [before]
+    assert trained == []
+
+
+def test_a_rate_that_was_searched_is_not_searched_again(settings: TaskSettings, tmp_path: Path, trained: list):
+    output = tmp_path / "a.jsonl"
+    run(settings, output, methods=["head"], seeds=[0], learning_rates=[1e-3, 1e-2])
+    trained.clear()
+    run(settings, output, methods=["head"], seeds=[0], learning_rates=[1e-1, 1e-2, 1e-3])
+    assert [(seed, rate) for _, seed, rate in trained[:-1]] == [(1_000_000, 1e-1)]
+
+
+def test_a_score_that_is_no_number_stops_no_table(tmp_path: Path):
+    """As Pearson's of predictions that are all the same."""
+    rows = summarize([*RECORDS[:3], record("digits", "lalora", 1, math.nan, (4, 7))])
+    assert "| lalora | nan +- nan | +nan (+nan to +nan) | 2 |" in markdown(rows)
+    comparison.pictures(rows)["digits"].savefig(tmp_path / "a.png")
+
+
+def test_settings_that_do_not_fit_are_said_and_the_others_go_on(
+    settings: TaskSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    records = run(settings, tmp_path / "a.jsonl", methods=["lora:rank=64", "head"], seeds=[0])
+    assert [r["method"] for r in records] == ["head"]
+    assert "digits, lora:rank=64: Cannot adapt model.blocks.0" in capsys.readouterr().err
+
+
+def test_a_run_without_a_batch_is_no_run(settings: TaskSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    settings = dataclasses.replace(settings, batch_size=5000)
+    assert run(settings, tmp_path / "a.jsonl", methods=["head"], seeds=[0]) == []
+    assert "at least one batch of training rows but there is none" in capsys.readouterr().err
 
 
 def test_bootstrap_interval():
@@ -242,12 +278,13 @@ def test_bootstrap_interval():
 def test_a_half_written_line_is_no_record(tmp_path: Path):
     path = tmp_path / "runs" / "a.jsonl"
     assert read_records(path) == []
-    append_record(path, {"a": 1})
+    append_record(path, RECORDS[0])
     with path.open("a") as file:
         file.write('{"a": 2, "b')
-    assert read_records(path) == [{"a": 1}]
-    append_record(path, {"a": 3})
-    assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
+    (kept,) = read_records(path)
+    assert (kept["method"], kept["seed"], kept["score"]) == ("lora", 0, 0.5)
+    append_record(path, RECORDS[1])
+    assert path.read_text() == f"{json.dumps(RECORDS[0])}\n{json.dumps(RECORDS[1])}\n"
 
 
 def test_run_key_is_that_of_the_plan_after_a_round_trip():
@@ -266,14 +303,15 @@ def test_glue(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch): 
     assert record["metric"] == "test/pearson"
     assert record["steps"] == 4
     assert sorted(record["scores"]) == ["test/pearson", "test/spearman"]
+    # Where its folder is does not matter, what is in it does.
     assert record["task_settings"]["model"] == f"{tmp_path.name}/tokenizer"
+    assert (record["task_settings"]["train_rows"], record["task_settings"]["test_rows"]) == (6, 9)
     assert record["score"] == record["scores"]["test/pearson"]
 
     # LoRA at rank 2 on query and value of two blocks of width 16, and RoBERTa's head: a dense layer and the output.
     assert record["trainable_parameters"] == 2 * 2 * 2 * 32 + (16 * 16 + 16) + (16 + 1)
 
     data_module = build_task("glue/stsb", settings).loaders(0)[0]["datamodule"]
-    data_module.setup("fit")
     orders = []
     for seed in (3, 3, 4):
         pl.seed_everything(seed)

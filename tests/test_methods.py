@@ -3,17 +3,26 @@
 import copy
 import doctest
 import inspect
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+)
 
 from lalora_lightning.modules.image_classification import ImageClassificationModule
+from lalora_lightning.modules.optimization import parameter_groups
 from lalora_lightning.modules.task import TaskModule
 from recipes import methods
 from recipes.methods import METHODS, parse_method
@@ -163,6 +172,9 @@ def test_method(spec: str, new: Any):
     # A frozen original stays behind where peft trains a copy of the head.
     moved = [p for n, p in module.named_parameters() if n in head and not torch.equal(p, head[n])]
     assert sum(p.numel() for p in moved) == HEAD
+    # Every part of it is reached, not only the head.
+    idle = [n for n, p in module.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not idle
     module.train()
     assert loss(module, batch) < start - 0.02
 
@@ -215,6 +227,52 @@ def test_the_orthogonality_penalty_is_pefts():
 def test_adalora_needs_ranks_to_prune():
     with pytest.raises(ValueError, match="Expected init_rank to be above the final rank of 8 but got 8"):
         METHODS["adalora"].adapt(text()[0], init_rank=8)
+    with pytest.raises(ValueError, match=r"leave time to prune between them but got 0\.5 and 0\.5"):
+        METHODS["adalora"].adapt(text()[0], initial=0.5)
+
+
+@pytest.mark.parametrize("stopped", [9, 15])
+def test_adalora_resumes_as_if_it_had_never_stopped(stopped: int, tmp_path: Path):
+    """While it prunes, steps 3 to 10 of 20, and after."""
+
+    def new(steps: int) -> tuple[pl.LightningModule, pl.Trainer, Any]:
+        module, batch = text()
+        callbacks = METHODS["adalora"].adapt(module, rank=2, init_rank=4)
+        checkpoints = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=stopped, save_top_k=-1)
+        trainer = pl.Trainer(
+            max_steps=steps,
+            callbacks=[*callbacks, checkpoints],
+            accelerator="cpu",
+            logger=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+        return module, trainer, DataLoader([batch] * 100, batch_size=None)
+
+    whole, trainer, data = new(20)
+    trainer.fit(whole, data)
+    resumed, trainer, data = new(20)
+    trainer.fit(resumed, data, ckpt_path=tmp_path / f"step={stopped}.ckpt")
+    assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+    assert sum(layer_ranks(resumed).values()) == 4
+
+
+def test_factors_are_not_decayed():
+    module, _ = vision()
+    METHODS["ia3"].adapt(module)
+    decayed, spared = parameter_groups(module, 0.1)
+    assert [p.shape for p in decayed["params"]] == [(2, 16)]
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert sum(p.numel() for p in spared["params"]) == COUNTS["ia3"] + 2
+
+
+def test_virtual_tokens_train_all_of_a_new_head():
+    """DeBERTa's pooler is as new as its classifier, and peft looks for the latter only."""
+    module, _ = text()
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    module.model = DebertaV2ForSequenceClassification(DebertaV2Config(vocab_size=50, **size))
+    METHODS["prompt"].adapt(module, tokens=4)
+    assert trainable(module) == 4 * 16 + (16 * 16 + 16) + HEAD
 
 
 def test_what_is_trained_after_trimming():
@@ -237,6 +295,11 @@ def test_a_parallel_adapter_stands_beside_the_feed_forward_network():
 
 
 def test_adapterdrop_leaves_out_the_first_five_of_twelve_blocks():
+    module, _ = vision()
+    METHODS["adapterdrop"].adapt(module, bottleneck=4, dropped=0.5)
+    first, second = ([type(m).__name__ for m in block.modules()] for block in module.model.blocks)
+    assert "SeriesAdapter" not in first
+    assert "SeriesAdapter" in second
     assert round(METHODS["adapterdrop"].defaults["dropped"] * 12) == 5
 
 
@@ -256,6 +319,9 @@ def test_settings_are_read():
         ("lorra", "Expected a method to be one of lalora, lora, .* but got 'lorra'"),
         ("lora:gamma=2", "Expected a setting of lora to be one of rank, alpha, .* but got 'gamma'"),
         ("lora:rank=[", "Expected settings as name:setting=value"),
+        ("lora:alpha=big", "Expected alpha of lora to be a number but got 'big'"),
+        ("lalora:gamma", "Expected gamma of lalora to be a number but got None"),
+        ("lora:rank=2.5", r"Expected rank of lora to be a whole number but got 2\.5"),
     ],
 )
 def test_settings_that_there_are_not(spec: str, message: str):

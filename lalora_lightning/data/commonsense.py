@@ -86,7 +86,7 @@ class CommonsenseDataModule(TextDataModule):
     def test_dataloader(self) -> DataLoader:
         # The Trainer's own would repeat rows, to give as many to each process.
         processes, rank = self.processes()
-        sampler = UnrepeatedDistributedSampler(self._splits["test"], processes, rank, shuffle=False)
+        sampler = UnrepeatedDistributedSampler(self.splits["test"], processes, rank, shuffle=False)
         collate = self.collator(side="left")
         return self.loader("test", sampler=sampler, batch_size=self.test_batch_size, collate_fn=collate)
 

@@ -107,8 +107,9 @@ class ImageDataModule(LightningDataModule):
         assert self._splits is not None
         transform = v2.Compose(
             [
-                v2.ToImage(),
+                # Before it is a tensor: a palette's indices are no colours.
                 v2.RGB(),
+                v2.ToImage(),
                 v2.Resize((self.image_size, self.image_size), antialias=True),
                 v2.RandomHorizontalFlip(0.5 if train else 0.0),
                 v2.ToDtype(torch.float32, scale=True),

@@ -23,6 +23,9 @@ class TextDataModule(LightningDataModule):
         tokenizer: A model on the Hub or a local model folder, whose tokenizer is used.
         batch_size: Rows in a batch, on each device.
         num_workers: Processes that prepare batches.
+
+    Attributes:
+        splits: Tokenised rows by the name of their split, from ``setup`` on.
     """
 
     def __init__(self, tokenizer: str, batch_size: int, num_workers: int) -> None:
@@ -30,7 +33,7 @@ class TextDataModule(LightningDataModule):
         self.tokenizer_name = tokenizer
         self.batch_size = batch_size
         self.num_workers = num_workers
-        self._splits: dict[str, Any] = {}
+        self.splits: dict[str, Any] = {}
 
     def tokenise(self) -> dict[str, Any]:
         """The splits "train", "validation" and perhaps "test", ready for batches.
@@ -45,17 +48,18 @@ class TextDataModule(LightningDataModule):
 
     def prepare_data(self) -> None:
         # What one process tokenises here, all read from the cache in setup.
-        self._load()
+        if not self.splits:
+            self._load()
 
     def setup(self, stage: str) -> None:
-        self._splits = self._splits or self._load()
+        self.splits = self.splits or self._load()
 
     def train_dataloader(self) -> DataLoader:
         # Batches of the paper's sets drawn at random are 22% to 62% padding, these 1% to 4%. The Trainer would shuffle
         # any other sampler in several processes; its own takes its seed from the same place.
         processes, rank = self.processes()
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        lengths = _lengths(self._splits["train"])
+        lengths = _lengths(self.splits["train"])
         sampler = DistributedLengthGroupedSampler(self.batch_size, None, processes, rank, seed, lengths=lengths)
         return self.loader("train", sampler=sampler)
 
@@ -63,7 +67,7 @@ class TextDataModule(LightningDataModule):
         return self.loader("validation")
 
     def test_dataloader(self) -> DataLoader:
-        return self.loader("test" if "test" in self._splits else "validation")
+        return self.loader("test" if "test" in self.splits else "validation")
 
     def processes(self) -> tuple[int, int]:
         """How many processes train, and which of them this is."""
@@ -74,7 +78,7 @@ class TextDataModule(LightningDataModule):
         """A loader of a split; ``arguments`` take the place of the usual ones of ``DataLoader``."""
         usual = {"batch_size": self.batch_size, "collate_fn": self.collator()}
         return DataLoader(
-            self._splits[split],
+            self.splits[split],
             sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

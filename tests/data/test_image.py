@@ -105,3 +105,17 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch):
         FileNotFoundError, match=r"'nobody/nothing'.*Without a network, give --data.path a local folder"
     ):
         ImageDataModule("nobody/nothing").prepare_data()
+
+
+def test_images_of_every_kind_become_colours(tmp_path: Path):
+    red = Image.new("RGB", (6, 6), (255, 0, 0))
+    kinds = {"p": red.convert("P"), "rgba": red.convert("RGBA"), "l": Image.new("L", (6, 6), 51)}
+    for split in ("train", "test"):
+        for name, picture in kinds.items():
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                picture.save(tmp_path / split / name / f"{i}.png")
+    images, labels = next(iter(load(tmp_path, batch_size=6, val_fraction=0.5).test_dataloader()))
+    colours = dict(zip(labels.tolist(), images[:, :, 0, 0].tolist(), strict=True))
+    # Sorted by name: grey, palette, with transparency.
+    assert colours == {0: pytest.approx([0.2, 0.2, 0.2]), 1: [1, 0, 0], 2: [1, 0, 0]}

@@ -114,7 +114,7 @@ def test_what_is_tokenised_once_is_read_from_the_cache(tokenizer: str, tmp_path:
     path = write(tmp_path / "data", **ROWS)
 
     def cached() -> set[str]:
-        splits = load(path, tokenizer)._splits.values()
+        splits = load(path, tokenizer).splits.values()
         return {file["filename"] for rows in splits for file in rows.cache_files}
 
     first = cached()
