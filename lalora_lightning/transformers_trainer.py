@@ -16,7 +16,7 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
     ::
 
         add_lora(model, rank=8)
-        Trainer(model, args, train_dataset=data, callbacks=[LaLoraTrainerCallback(gamma=4.0)]).train()
+        Trainer(model, args, train_dataset=data, callbacks=[LaLoraTrainerCallback()]).train()
 
     A :class:`RankAllocator` acts after each optimizer step. Its ranks go into the logs of training as ``rank/<layer>``,
     ``rank/total`` and ``rank/budget``. Integrations named in ``report_to`` are told before this callback has its turn:
