@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -192,12 +193,16 @@ def plot_comparison(scores: Mapping[str, Sequence[float]], score: str) -> Figure
             capsize=4,
             label="mean and its 95% interval" if label else None,
         )
-    axes.set_yticks(range(len(scores)), list(scores))
+    # Settings after a method's name make long names.
+    axes.set_yticks(
+        range(len(scores)),
+        ["\n".join(textwrap.wrap(name.replace(",", ", "), 40, break_long_words=False)) for name in scores],
+    )
     axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.set_xlabel(score)
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
-    _legend_above(axes)
+    figure.legend(fontsize="small", loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
