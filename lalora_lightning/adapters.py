@@ -419,7 +419,7 @@ def _query_and_value(modules: Mapping[str, nn.Module]) -> dict[str, list[tuple[i
 
 def _interleaves_heads(attention: nn.Module) -> bool:
     """Whether a fused projection holds query, key and value of one head after the other: it is adapted whole then."""
-    # timm's MaxViT and CoAtNet; GPTBigCode, whose one key and value for all heads has other proportions.
+    # timm's MaxViT and CoAtNet; GPTBigCode with multi_query=False. With True, its projection has other proportions.
     return getattr(attention, "head_first", False) or hasattr(attention, "multi_query")
 
 
