@@ -1,0 +1,79 @@
+"""Reading and writing files: checksums, damaged files, files that are complete or absent."""
+
+import os
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = ["first_line", "load_file", "replaced_when_complete", "require_intact_file"]
+
+
+def require_intact_file(path: str | os.PathLike[str]) -> None:
+    """Compare a file's contents with the checksums stored in it, which ``torch.load`` does not check.
+
+    A file that is not a zip archive is left to ``torch.load``.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if not Path(path).is_file() or not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:
+        # BadZipFile, and whatever else damage leads to.
+        damaged = str(error)
+    if damaged is not None:
+        raise ValueError(
+            f"Expected {path} to be as it was written but it is damaged: {damaged}. Use another copy of it."
+        )
+
+
+def load_file(path: str | os.PathLike[str], kind: str) -> Any:
+    """Load plain types and tensors with ``torch.load``, after checking the file's checksums.
+
+    Args:
+        path: The file.
+        kind: What the file is expected to be, for the error message.
+
+    Raises:
+        ValueError: The file is damaged or of another kind.
+    """
+    import torch
+
+    require_intact_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except Exception as error:
+        # torch raises errors of many types, depending on what the file is instead.
+        raise ValueError(
+            f"Expected {path} to be {kind} but it cannot be read ({type(error).__name__}: {first_line(error)})."
+        ) from error
+
+
+@contextmanager
+def replaced_when_complete(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, which is renamed to it when the block ends without an error.
+
+    An error, or the end of the process, leaves whatever was at ``path`` before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has no message.
+
+    >>> first_line(ValueError("no such file\\nhint: look elsewhere")), first_line(KeyboardInterrupt())
+    ('no such file', 'KeyboardInterrupt')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,67 @@
+"""The keys under which a run logs its ranks and costs, shared by those who write and those who read logs."""
+
+__all__ = [
+    "FIT_PREFIX",
+    "PEAK_MEMORY",
+    "RANK_BUDGET",
+    "RANK_PREFIX",
+    "RANK_TOTAL",
+    "RANK_TRAJECTORIES",
+    "SECONDS",
+    "SETTINGS_PREFIX",
+    "SPARSITY_PREFIX",
+    "rank_key",
+    "rank_metrics",
+    "sparsity_key",
+]
+
+RANK_PREFIX = "rank/"
+"""Before a layer's name: its current rank."""
+
+RANK_TOTAL = "rank/total"
+"""Sum of the ranks of all layers."""
+
+RANK_BUDGET = "rank/budget"
+"""The budget (Eq. 5), a number of ranks."""
+
+RANK_TRAJECTORIES = "rank/trajectories"
+"""The heat map of ranks, an image."""
+
+SPARSITY_PREFIX = "sparsity/"
+"""Before a layer's name: the sparsity of its increment (Eq. 1), in [0, 1]."""
+
+FIT_PREFIX = "fit/"
+"""Before what is logged once, at the end of training."""
+
+SECONDS = "fit/seconds"
+"""Duration of training, in seconds."""
+
+PEAK_MEMORY = "fit/peak_memory_mib"
+"""Peak memory of training, in MiB."""
+
+SETTINGS_PREFIX = "lalora"
+"""Group of the callback's settings among the hyperparameters."""
+
+
+def rank_key(layer: str) -> str:
+    """Return the key of a layer's rank.
+
+    >>> rank_key("encoder.layer.0")
+    'rank/encoder.layer.0'
+    """
+    return RANK_PREFIX + layer
+
+
+def sparsity_key(layer: str) -> str:
+    """Return the key of a layer's sparsity."""
+    return SPARSITY_PREFIX + layer
+
+
+def rank_metrics(layers: list[str], ranks: list[int], budget: float) -> dict[str, float]:
+    """Return ranks, total rank and budget by the keys they are logged under.
+
+    >>> rank_metrics(["a", "b"], [1, 3], 4.5)
+    {'rank/a': 1.0, 'rank/b': 3.0, 'rank/total': 4.0, 'rank/budget': 4.5}
+    """
+    metrics = {rank_key(layer): float(rank) for layer, rank in zip(layers, ranks, strict=True)}
+    return metrics | {RANK_TOTAL: float(sum(ranks)), RANK_BUDGET: budget}
