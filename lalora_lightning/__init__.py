@@ -1,13 +1,25 @@
-"""La-LoRA for PyTorch Lightning: layer-wise adaptive low-rank fine-tuning."""
+"""La-LoRA for PyTorch Lightning: layer-wise adaptive low-rank fine-tuning.
 
-from lalora_lightning.adapters import AdapterSummary, add_lora, lora_layers, merge_lora, trim_lora, unmerge_lora
-from lalora_lightning.allocator import RankAllocator
-from lalora_lightning.callback import LaLoraCallback
-from lalora_lightning.checkpoint import load_lora_state_dict, lora_state_dict
-from lalora_lightning.layers import TruncatedLoRALinear
-from lalora_lightning.peft_adapter import load_peft_adapter, push_peft_adapter, save_peft_adapter
+The names below are loaded when they are first used: only :class:`LaLoraCallback` loads Lightning.
+"""
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lalora_lightning.adapters import AdapterSummary, add_lora, lora_layers, merge_lora, trim_lora, unmerge_lora
+    from lalora_lightning.allocator import RankAllocator
+    from lalora_lightning.callback import LaLoraCallback
+    from lalora_lightning.layers import TruncatedLoRALinear
+    from lalora_lightning.saving import (
+        load_lora_state_dict,
+        load_peft_adapter,
+        lora_state_dict,
+        push_peft_adapter,
+        save_peft_adapter,
+    )
+
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "AdapterSummary",
@@ -25,3 +37,22 @@ __all__ = [
     "trim_lora",
     "unmerge_lora",
 ]
+
+# Searched in this order, the heaviest last.
+_FOLDERS = ("layers", "adapters", "allocator", "saving", "callback")
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name (PEP 562)."""
+    if name in __all__:
+        for folder in _FOLDERS:
+            module = import_module(f"{__name__}.{folder}")
+            if name in module.__all__:
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """List the public names, whether they are loaded or not."""
+    return sorted({*globals(), *__all__})

@@ -5,23 +5,37 @@ adaptation", Neural Networks 194 (2025) 108095.
 
 Shapes used throughout: ``L`` layers that get a rank each, at most ``K`` adapted weight matrices in a layer, ``r``
 rank components in a matrix. Norms of both factors travel together in a leading dimension of 2: index 0 is ``lora_A``,
-index 1 is ``lora_B``. A layer with fewer than ``K`` matrices is padded with zero norms, which no equation sees.
+index 1 is ``lora_B``. A layer with fewer than ``K`` matrices is padded with zero norms, which add nothing.
 
-No function asks the device for a number, so none synchronises. Norms that are not finite are the caller's to notice:
-where an equation divides zero by zero, the value that the reading gives takes the place of the NaN.
+No function reads a number from the device, so that none synchronizes. The caller has to check for norms that are not
+finite: where an equation divides zero by zero, the result is the value that docs/method.md defines, and not NaN.
 """
 
 import torch
 from torch import Tensor
 
+__all__ = [
+    "allocate_ranks",
+    "component_norms",
+    "contributions",
+    "fidelities",
+    "growth_rates",
+    "norms_by_rank",
+    "relative_contributions",
+    "sparsity",
+    "truncated_norms",
+    "update_budget",
+    "values",
+]
+
 _ROUNDING_TOLERANCE = 1e-3
 
 
 def sparsity(increment: Tensor, threshold: float = 1e-4) -> Tensor:
-    """Share of an increment's entries that are as good as zero (Eq. 1).
+    """Return the share of an increment's entries that are nearly zero (Eq. 1).
 
     Args:
-        increment: The weight increment ``P = scaling * B @ A`` at the rank in force, of any shape.
+        increment: The weight increment ``P = scaling * B @ A`` at the current rank, of any shape.
         threshold: Entries with a smaller absolute value count as zero.
 
     Returns:
@@ -34,7 +48,7 @@ def sparsity(increment: Tensor, threshold: float = 1e-4) -> Tensor:
 
 
 def component_norms(factors: Tensor, dim: int) -> Tensor:
-    """Norm of each rank component of a stack of factors, in float32 or wider.
+    """Return the norm of each rank component of a stack of factors, in float32 or wider.
 
     Args:
         factors: ``(n, r, d)`` stacked ``lora_A`` or ``(n, m, r)`` stacked ``lora_B``.
@@ -50,7 +64,7 @@ def component_norms(factors: Tensor, dim: int) -> Tensor:
 
 
 def norms_by_rank(squares: Tensor) -> Tensor:
-    """Frobenius norm of a factor truncated to rank 1, 2, ..., r.
+    """Return the Frobenius norm of a factor truncated to rank 1, 2, ..., r.
 
     Args:
         squares: ``(..., r)`` squared norm of each rank component.
@@ -65,7 +79,7 @@ def norms_by_rank(squares: Tensor) -> Tensor:
 
 
 def truncated_norms(norms: Tensor, ranks: Tensor) -> Tensor:
-    """Norms at the rank in force, ``|A|_r'`` and ``|B|_r'``.
+    """Return the norms at the current rank, ``|A|_r'`` and ``|B|_r'``.
 
     Args:
         norms: ``(2, L, K, r)`` from :func:`norms_by_rank`.
@@ -79,11 +93,11 @@ def truncated_norms(norms: Tensor, ranks: Tensor) -> Tensor:
 
 
 def values(truncated: Tensor, ranks: Tensor) -> Tensor:
-    """Value of each layer: ``s_i = (1 / r'_i) * sum over matrices (|B|_r' + |A|_r')`` (Eq. 7).
+    """Return the value of each layer: ``s_i = (1 / r'_i) * sum over matrices (|B|_r' + |A|_r')`` (Eq. 7).
 
     Args:
-        truncated: ``(2, L, K)`` norms at the rank in force.
-        ranks: ``(L,)`` ranks in force.
+        truncated: ``(2, L, K)`` norms at the current rank.
+        ranks: ``(L,)`` current ranks.
 
     Returns:
         ``(L,)``.
@@ -95,9 +109,9 @@ def values(truncated: Tensor, ranks: Tensor) -> Tensor:
 
 
 def growth_rates(value: Tensor, value_before: Tensor) -> Tensor:
-    """Relative growth of each layer's value: ``IR_i = (s_i - s_i_before) / s_i_before`` (Eq. 6).
+    """Return the relative growth of each layer's value: ``IR_i = (s_i - s_i_before) / s_i_before`` (Eq. 6).
 
-    A value that was zero has growth zero (reading 5).
+    A value that was zero has growth zero (difference 5 from the paper).
 
     Args:
         value: ``(L,)``.
@@ -113,10 +127,10 @@ def growth_rates(value: Tensor, value_before: Tensor) -> Tensor:
 
 
 def update_budget(budget: Tensor, growth: Tensor, gamma: float, minimum: float, maximum: float) -> Tensor:
-    """The dynamic contribution-driven parameter budget: ``clamp(DCDPB * (1 + gamma * mean_i IR_i))`` (Eq. 5).
+    """Return the dynamic contribution-driven parameter budget, ``clamp(DCDPB * (1 + gamma * mean_i IR_i))`` (Eq. 5).
 
     Args:
-        budget: Scalar, the budget in force.
+        budget: Scalar, the current budget.
         growth: ``(L,)`` growth rates.
         gamma: How strongly growth of the values grows the budget.
         minimum: Lower bound, one rank for every layer: ``L``.
@@ -132,10 +146,10 @@ def update_budget(budget: Tensor, growth: Tensor, gamma: float, minimum: float, 
 
 
 def fidelities(truncated: Tensor, full: Tensor) -> Tensor:
-    """How much of a factor's norm truncation keeps: ``f = |.|_r' / |.|`` (Eq. 10); 1 for an all-zero factor.
+    """Return the share of a factor's norm that truncation keeps: ``f = |.|_r' / |.|`` (Eq. 10); 1 for a zero factor.
 
     Args:
-        truncated: ``(2, L, K)`` norms at the rank in force.
+        truncated: ``(2, L, K)`` norms at the current rank.
         full: ``(2, L, K)`` norms at the maximum rank.
 
     Returns:
@@ -148,10 +162,10 @@ def fidelities(truncated: Tensor, full: Tensor) -> Tensor:
 
 
 def contributions(truncated: Tensor, fidelity: Tensor) -> Tensor:
-    """Contribution of each layer: ``c_i = sum over matrices (f_A |B|_r' + f_B |A|_r')`` (Eq. 9).
+    """Return the contribution of each layer: ``c_i = sum over matrices (f_A |B|_r' + f_B |A|_r')`` (Eq. 9).
 
     Args:
-        truncated: ``(2, L, K)`` norms at the rank in force.
+        truncated: ``(2, L, K)`` norms at the current rank.
         fidelity: ``(2, L, K)`` from :func:`fidelities`, or ones (Table 11's ablation).
 
     Returns:
@@ -164,14 +178,14 @@ def contributions(truncated: Tensor, fidelity: Tensor) -> Tensor:
 
 
 def relative_contributions(contribution: Tensor, matrices: Tensor) -> Tensor:
-    """Mean contribution of a layer's matrices over the mean of all layers (reading 2).
+    """Return the mean contribution of a layer's matrices, divided by the mean of all layers (difference 2).
 
     Args:
         contribution: ``(L,)`` sums over the layer's matrices (Eq. 9).
         matrices: ``(L,)`` number of matrices in each layer.
 
     Returns:
-        ``(L,)`` with mean 1; ones where nothing contributes at all.
+        ``(L,)`` with mean 1; ones if nothing contributes at all.
 
     >>> relative_contributions(torch.tensor([2.0, 12.0]), torch.tensor([2, 4]))
     tensor([0.5000, 1.5000])
@@ -181,18 +195,18 @@ def relative_contributions(contribution: Tensor, matrices: Tensor) -> Tensor:
 
 
 def allocate_ranks(contribution: Tensor, budget: Tensor, max_rank: int, temperature: float = 1.0) -> Tensor:
-    """Ranks near ``share = softmax(c / temperature) * DCDPB``, each in [1, r] (Eq. 8).
+    """Return whole ranks near ``share = softmax(c / temperature) * DCDPB``, each in [1, r] (Eq. 8).
 
-    Every layer has rank 1. Beyond that it deserves ``clamp(share - 1, 0, r - 1)``: what the cap ``r`` cuts off is not
-    handed to others (reading 3). Where this adds up to more than ``floor(budget) - L``, it is scaled down to that
-    (reading 4). Fractions are rounded by largest remainder, ties in favour of the larger contribution, then of the
-    earlier layer.
+    Every layer has rank 1, and claims ``clamp(share - 1, 0, r - 1)`` beyond that. What the maximum ``r`` cuts off a
+    share is not given to other layers (difference 3). If the claims add up to more than ``floor(budget) - L``, they are
+    scaled down to it (difference 4). Fractions are rounded by largest remainder. Ties are decided in favor of the larger
+    contribution, then of the earlier layer.
 
     Args:
         contribution: ``(L,)``.
         budget: Scalar in [L, r L].
         max_rank: ``r``.
-        temperature: Above 1 flattens, below 1 sharpens the shares.
+        temperature: Values above 1 flatten the shares, values below 1 sharpen them.
 
     Returns:
         ``(L,)`` int64 with ``sum <= floor(budget)``.
@@ -201,18 +215,18 @@ def allocate_ranks(contribution: Tensor, budget: Tensor, max_rank: int, temperat
     tensor([4, 3, 1])
     """
     layers = contribution.numel()
-    # In falling order, so that of layers that the cap made equal the one that contributes more comes first.
+    # In falling order, so that among layers cut to the same claim the one that contributes more comes first.
     contribution, order = contribution.sort(descending=True, stable=True)
     shares = (contribution / temperature).softmax(0) * budget
-    deserved = (shares - 1).clamp(0, max_rank - 1)
+    claims = (shares - 1).clamp(0, max_rank - 1)
     available = budget.floor() - layers
-    deserved = deserved * (available / deserved.sum().clamp(min=_ROUNDING_TOLERANCE)).clamp(max=1)
-    whole = deserved.floor()
-    remainders = deserved - whole
-    # A sum of floats that stands for a whole number may fall short of it; the tolerance cannot lift it to the next.
+    claims = claims * (available / claims.sum().clamp(min=_ROUNDING_TOLERANCE)).clamp(max=1)
+    floors = claims.floor()
+    remainders = claims - floors
+    # A sum of floats may fall short of the whole number it should be; the tolerance is too small to reach the next.
     left = (remainders.sum() + _ROUNDING_TOLERANCE).floor()
     # The first layers in the order of falling remainders are rounded up.
     rounded_up = torch.arange(layers, device=budget.device) < left
     falling = remainders.argsort(descending=True, stable=True)
-    ranks = (1 + whole).index_add(0, falling, rounded_up.to(whole.dtype)).long()
+    ranks = (1 + floors).index_add(0, falling, rounded_up.to(floors.dtype)).long()
     return ranks.index_copy(0, order, ranks)

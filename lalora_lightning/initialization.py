@@ -1,4 +1,4 @@
-"""How ``lora_A`` and ``lora_B`` may start from the base weight: one pure function for each factorisation."""
+"""Initializations of ``lora_A`` and ``lora_B`` from the base weight: one pure function for each factorization."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -6,36 +6,38 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+__all__ = ["FACTORIZATIONS", "Init", "milora", "olora", "pissa"]
+
 Init = Literal["kaiming", "orthogonal", "pissa", "milora", "olora"]
 
 
 def pissa(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The ``r`` largest singular values and their vectors (PiSSA: Meng et al., 2024), the largest first.
+    """Return factors from the ``r`` largest singular values, the largest first (PiSSA, arXiv 2404.02948).
 
     Args:
         weight: ``W_0``, ``(m, d)``.
         rank: ``r``.
-        scaling: What ``B A`` will be multiplied by; ``scaling * B A`` is the weight's best approximation of rank r.
+        scaling: Factor of ``B A`` in the layer; ``scaling * B A`` is the best approximation of the weight at rank r.
 
     Returns:
-        A ``(r, d)`` and B ``(m, r)``, in float32; the singular values are divided evenly between them.
+        A ``(r, d)`` and B ``(m, r)`` in float32, with the singular values divided evenly between them.
     """
-    return _singular(weight, slice(rank), scaling)
+    return _singular_factors(weight, slice(rank), scaling)
 
 
 def milora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The ``r`` smallest singular values and their vectors (MiLoRA: Wang et al., 2024), the smallest first.
+    """Return factors from the ``r`` smallest singular values, the smallest first (MiLoRA, arXiv 2406.09044).
 
-    Arguments and shapes as of :func:`pissa`.
+    Arguments and shapes as in :func:`pissa`.
     """
-    A, B = _singular(weight, slice(min(weight.shape) - rank, None), scaling)
+    A, B = _singular_factors(weight, slice(min(weight.shape) - rank, None), scaling)
     return A.flip(0), B.flip(1)
 
 
 def olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Rows of R and columns of Q of the weight's QR decomposition (OLoRA: Büyükakyüz, 2024), whatever the scaling.
+    """Return rows of R and columns of Q of the weight's QR decomposition (OLoRA, arXiv 2406.01775).
 
-    Arguments and shapes as of :func:`pissa`.
+    Arguments and shapes as in :func:`pissa`; the scaling has no influence.
     """
     Q, R = torch.linalg.qr(weight.float())
     return R[:rank], Q[:, :rank]
@@ -46,9 +48,10 @@ FACTORIZATIONS: dict[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]]
     "milora": milora,
     "olora": olora,
 }
+"""The initializations with a nonzero ``B A``, by their name."""
 
 
-def _singular(weight: Tensor, which: slice, scaling: float) -> tuple[Tensor, Tensor]:
+def _singular_factors(weight: Tensor, components: slice, scaling: float) -> tuple[Tensor, Tensor]:
     U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
-    root = (S[which] / scaling).sqrt()
-    return root[:, None] * Vh[which], U[:, which] * root
+    root = (S[components] / scaling).sqrt()
+    return root[:, None] * Vh[components], U[:, components] * root

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lalora_lightning.adapters import shared_parts
+from lalora_lightning.names import common_prefix as shared_parts
 from lalora_lightning.runs import Run, read_run
 
 if TYPE_CHECKING:

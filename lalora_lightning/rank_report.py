@@ -5,7 +5,8 @@ from importlib.util import find_spec
 
 from torch import Tensor, nn
 
-from lalora_lightning.adapters import lora_layers, shared_parts
+from lalora_lightning.adapters import lora_layers
+from lalora_lightning.names import common_prefix as shared_parts
 from lalora_lightning.allocator import RankAllocator
 
 HEADER = ("layer", "rank", "contribution", "growth, % a step", "of the maximum rank")

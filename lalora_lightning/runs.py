@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lalora_lightning.checkpoint import load_file
+from lalora_lightning.files import load_file
 from lalora_lightning.rank_report import trimmed_bytes
 
 METRICS, EVENTS, SETTINGS = "metrics.csv", "events.out.tfevents.*", ("hparams.yaml", "config.yaml")

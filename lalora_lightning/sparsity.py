@@ -4,20 +4,23 @@ import torch
 from torch import Tensor, nn
 
 from lalora_lightning import functional
-from lalora_lightning.adapters import GroupBy, group_names, require_lora_layers
+from lalora_lightning.adapters import require_lora_layers
 from lalora_lightning.layers import TruncatedLoRALinear
+from lalora_lightning.names import GroupBy, group_names
+
+__all__ = ["layer_sparsity"]
 
 
 @torch.no_grad()
 def layer_sparsity(model: nn.Module, group_by: GroupBy = "block") -> Tensor:
-    """Share of each layer's increment ``P = scaling * B_r' A_r'`` that is as good as zero (Eq. 1).
+    """Return the share of nearly zero entries in each layer's increment ``P = scaling * B_r' A_r'`` (Eq. 1).
 
-    Counted over all adapted entries of the layer's projections; of a fused projection, over the adapted slices only.
-    Sharded adapters are gathered, so every process has to call this.
+    All adapted entries of the layer's projections count; in a fused projection, only those of the adapted slices.
+    Sharded adapters are gathered, so that every process has to call this.
 
     Args:
         model: With LoRA layers.
-        group_by: Which projections make a layer, see :func:`lalora_lightning.adapters.group_names`.
+        group_by: Which projections form a layer, see :func:`lalora_lightning.names.group_names`.
 
     Returns:
         ``(L,)`` in [0, 1], in the order of ``RankAllocator.layer_names``; 1 before training, when ``lora_B`` is zero.
@@ -35,7 +38,7 @@ def layer_sparsity(model: nn.Module, group_by: GroupBy = "block") -> Tensor:
 
 
 def _slice_sparsities(layer: TruncatedLoRALinear) -> list[tuple[Tensor, int]]:
-    """Sparsity and number of entries of each adapted slice."""
+    """Return the sparsity and the number of entries of each adapted slice."""
     increment = layer.increment()
     slices = [increment[start:stop] for start, stop in layer.out_slices]
     return [(functional.sparsity(part), part.numel()) for part in slices]

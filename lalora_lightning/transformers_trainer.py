@@ -7,7 +7,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from lalora_lightning.allocator import RankAllocator
+from lalora_lightning import log_keys
+from lalora_lightning.allocator import AllocationSettings, RankAllocator
+
+__all__ = ["LaLoraTrainerCallback"]
 
 
 class LaLoraTrainerCallback(TrainerCallback, ExportableState):
@@ -18,11 +21,12 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         add_lora(model, rank=8)
         Trainer(model, args, train_dataset=data, callbacks=[LaLoraTrainerCallback()]).train()
 
-    A :class:`RankAllocator` acts after each optimizer step. Its ranks go into the logs of training as ``rank/<layer>``,
-    ``rank/total`` and ``rank/budget``. Integrations named in ``report_to`` are told before this callback has its turn:
-    give ``report_to="none"`` and the integration's callback behind this one. Checkpoints hold what a resumed run needs.
+    A :class:`RankAllocator` acts after each optimizer step. Its ranks are added to the training logs as
+    ``rank/<layer>``, ``rank/total`` and ``rank/budget``. Integrations named in ``report_to`` are called before this
+    callback: to give them the ranks, set ``report_to="none"`` and add the integration's callback behind this one.
+    Checkpoints hold what a resumed run needs.
 
-    With ``contribution="fisher"`` gradients are taken after the Trainer has clipped them.
+    With ``contribution="fisher"`` the gradients are read after the Trainer has clipped them.
 
     Args:
         settings: Arguments of :class:`RankAllocator`.
@@ -31,11 +35,13 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         allocator: The :class:`RankAllocator`, from the start of training on.
 
     Raises:
-        ValueError: At the start of training: the model has no LoRA layers, an argument is out of range, or a run is
+        TypeError: An argument is unknown.
+        ValueError: An argument is out of range. At the start of training: the model has no LoRA layers, or a run is
             resumed from a checkpoint without this callback's state.
     """
 
     def __init__(self, **settings: Any) -> None:
+        AllocationSettings(**settings)
         self.settings = settings
         self.allocator: RankAllocator | None = None
         self.restored: dict[str, Any] | None = None
@@ -43,11 +49,12 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Build the allocator, and restore its state if the run is resumed."""
         model: nn.Module = kwargs["model"]
         self.allocator = RankAllocator(model, **self.settings)
         if state.global_step == 0:
             return
-        # The Trainer hands a callback's state back only when it is told to; it is in its own state in any case.
+        # The Trainer restores a callback's state only if it is told to; its own state holds it in any case.
         saved: Any = state.stateful_callbacks or {}
         restored = self.restored or saved.get(type(self).__name__, {}).get("attributes", {}).get("restored")
         if restored is None:
@@ -62,12 +69,14 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Show the allocator the gradients."""
         assert self.allocator is not None
         self.allocator.observe_gradients()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Decide the ranks of the next step."""
         assert self.allocator is not None
         self.allocator.step()
 
@@ -79,21 +88,22 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        # Evaluation logs, too.
+        """Add ranks and budget to the logs of training."""
+        # Evaluation calls this hook, too.
         if self.allocator is None or logs is None or "loss" not in logs:
             return
         *ranks, budget = torch.cat([self.allocator.ranks.float(), self.allocator.budget.float().view(1)]).tolist()
-        metrics = {f"rank/{name}": rank for name, rank in zip(self.allocator.layer_names, ranks, strict=True)}
-        metrics |= {"rank/total": sum(ranks), "rank/budget": budget}
+        metrics = log_keys.rank_metrics(self.allocator.layer_names, ranks, budget)
         logs.update(metrics)
-        # The Trainer has put a copy of the logs there already.
+        # The Trainer has copied the logs there already.
         state.log_history[-1].update(metrics)
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer writes into a checkpoint, as JSON."""
+        """Return what the Trainer writes into a checkpoint as JSON."""
         state = None if self.allocator is None else self.allocator.state_dict()
         if state is not None:
             state = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in state.items()}
-        # A function cannot be written; where it is missed, the layers' names do not fit, and that is an error.
+        # A function cannot be written. If it is missing when the run is resumed, the layers' names differ, which is an
+        # error.
         settings = {key: value for key, value in self.settings.items() if not callable(value)}
         return {"args": settings, "attributes": {"restored": state}}

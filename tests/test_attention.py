@@ -137,7 +137,7 @@ def test_without_bias():
     torch.testing.assert_close(model["attention"](X, X, X)[0], expected)
 
 
-@pytest.mark.parametrize("settings", [{"dropout": 0.1}, {"random_rank": True}])
+@pytest.mark.parametrize("settings", [{"dropout": 0.1}])
 def test_what_acts_on_inputs_is_refused(settings):
     model = encoder()
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.in_proj .* never calls them"):
@@ -159,7 +159,7 @@ def test_a_shared_attention_is_refused():
 
 
 def test_export_to_peft_is_refused_with_the_way_out(tmp_path):
-    with pytest.raises(ValueError, match=r"all or nothing; use lora_state_dict"):
+    with pytest.raises(ValueError, match=r"as a whole or not at all; use lora_state_dict"):
         save_peft_adapter(adapted_encoder(), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -174,4 +174,4 @@ def test_the_increment_is_multiplied_out_once_a_forward(training, monkeypatch):
     model.train(training)
     model["attention"](X, X, X)
     assert len(calls) == 1
-    assert model["attention"]._weight_in_effect is None
+    assert model["attention"]._adapted_weight is None

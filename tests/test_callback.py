@@ -566,7 +566,7 @@ def test_averaging_that_cannot_work_is_refused(tmp_path: Path, callbacks: list[p
 def test_freeze_after_a_fraction_of_the_run(tmp_path: Path):
     callback = LaLoraCallback(rank=4, gamma=3.0, freeze_after=0.5)
     new_trainer(tmp_path, callback, max_epochs=2).fit(Task(), loader())
-    assert callback.allocator.freeze_after == 7
+    assert callback.allocator.settings.freeze_after == 7
     ranks = [ranks for _, ranks, _ in callback.history]
     assert ranks[7:] == [ranks[7]] * 8
     with pytest.raises(ValueError, match="run of known length"):
@@ -597,7 +597,7 @@ def test_weights_that_are_not_finite_are_reported_and_change_no_rank(tmp_path: P
 
 
 def test_history_stays_short_and_keeps_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lalora_lightning.callback._MOST_READINGS", 10)
+    monkeypatch.setattr("lalora_lightning.callback.history.MAX_READINGS", 10)
     callback = LaLoraCallback(rank=4)
     new_trainer(tmp_path, callback).fit(Task(), loader())
     steps = [step for step, _, _ in callback.history]
@@ -658,17 +658,15 @@ def test_fixed_ranks_train_and_are_never_touched(fixed_ranks, ranks, tmp_path):
 
 def test_variants_reach_the_layers(tmp_path):
     task = Task()
-    callback = LaLoraCallback(rank=4, init="pissa", use_rslora=True, freeze_A=True, random_rank=True)
+    callback = LaLoraCallback(rank=4, init="pissa", use_rslora=True, freeze_A=True)
     new_trainer(tmp_path, callback).fit(task, loader())
     layer = task.model.blocks[0].query
-    assert (layer.init, layer.scaling, layer.random_rank) == ("pissa", 8.0, True)
+    assert (layer.init, layer.scaling) == ("pissa", 8.0)
     assert torch.equal(layer.lora_A, layer.start_A)
     assert not torch.equal(layer.lora_B, layer.start_B)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"dropout": 0.2}, {"random_rank": True}], ids=["plain", "dropout", "random rank"]
-)
+@pytest.mark.parametrize("settings", [{}, {"dropout": 0.2}], ids=["plain", "dropout"])
 def test_a_run_at_fixed_ranks_resumes_as_if_it_had_never_stopped(settings, tmp_path):
     def run(folder, epochs, ckpt_path=None):
         torch.manual_seed(0)

@@ -167,7 +167,7 @@ def test_a_plain_model_that_does_not_fit_stays_as_it_was(adapted: TinyTransforme
         load_lora_state_dict(wide := TinyTransformer(classes=3), state)
     assert not lora_layers(wide)
     assert all(p.requires_grad for p in wide.parameters())
-    with pytest.raises(ValueError, match="as lora_state_dict gives it, but it holds nothing"):
+    with pytest.raises(ValueError, match="as lora_state_dict returns it, but it holds nothing"):
         load_lora_state_dict(plain, {})
     with pytest.raises(ValueError, match="holds epoch, state_dict"):
         load_lora_state_dict(plain, {"epoch": 3, "state_dict": state})

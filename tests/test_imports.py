@@ -27,3 +27,22 @@ def test_the_core_knows_no_lightning():
     assert (
         run(loaded + "import lalora_lightning.functional; print('lalora_lightning.layers' in sys.modules)") == "False"
     )
+
+
+def test_names_are_loaded_when_they_are_used():
+    """The package itself loads nothing; adapters and allocator load no Lightning; the reader of logs loads no torch."""
+    seen = "print(*(name in sys.modules for name in ('torch', 'lightning')))"
+    assert run(f"import sys, lalora_lightning; {seen}") == "False False"
+    assert (
+        run(f"import sys; from lalora_lightning import RankAllocator, add_lora, lora_state_dict; {seen}")
+        == "True False"
+    )
+    assert run(f"import sys; from lalora_lightning import LaLoraCallback; {seen}") == "True True"
+    assert run(f"import sys; import lalora_lightning.names, lalora_lightning.log_keys; {seen}") == "False False"
+
+
+def test_all_public_names_can_be_loaded_and_no_other():
+    assert run("import lalora_lightning as l; print(all(getattr(l, n) is not None for n in l.__all__))") == "True"
+    assert (
+        run("import lalora_lightning as l; print(hasattr(l, 'nothing'), set(l.__all__) <= set(dir(l)))") == "False True"
+    )

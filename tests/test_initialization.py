@@ -189,48 +189,7 @@ def test_frozen_a_stays_and_its_input_is_not_kept():
     assert kept(True) == 100 * 2
 
 
-def test_random_ranks_are_drawn_from_1_to_the_one_in_force():
-    layer = TruncatedLoRALinear(nn.Linear(6, 6), rank=4, random_rank=True)
-    nn.init.normal_(layer.lora_B)
-    x = torch.randn(1, 6)
-    by_rank = []
-    for rank in (1, 2, 3, 4):
-        layer.set_rank(rank)
-        by_rank.append(layer.eval()(x))
-    layer.set_rank(3)
-    layer.train()
-    seen = [
-        [torch.allclose(out, of_rank) for of_rank in by_rank].index(True) + 1 for out in [layer(x) for _ in range(600)]
-    ]
-    assert set(seen) == {1, 2, 3}
-    # 200 each; the standard deviation is 11.5.
-    assert all(150 < seen.count(rank) < 250 for rank in (1, 2, 3))
-
-
-def test_random_ranks_make_an_adapter_that_can_be_cut():
-    """DyLoRA's promise: the first components carry the most, so that a cut costs little."""
-    torch.manual_seed(0)
-    target = torch.randn(8, 4) @ torch.randn(4, 8)
-    x = torch.randn(256, 8)
-    errors = {}
-    for random_rank in (False, True):
-        torch.manual_seed(1)
-        base = nn.Linear(8, 8, bias=False)
-        nn.init.zeros_(base.weight)
-        layer = TruncatedLoRALinear(base.requires_grad_(False), rank=4, random_rank=random_rank)
-        optimizer = torch.optim.Adam([layer.lora_A, layer.lora_B], lr=0.02)
-        for _ in range(400):
-            optimizer.zero_grad()
-            nn.functional.mse_loss(layer(x), x @ target.T).backward()
-            optimizer.step()
-        layer.eval().set_rank(1)
-        errors[random_rank] = nn.functional.mse_loss(layer(x), x @ target.T).item()
-    assert errors[True] < 0.8 * errors[False]
-
-
-@pytest.mark.parametrize(
-    "settings", [{"init": "pissa"}, {"freeze_A": True}, {"random_rank": True}, {"use_rslora": True}]
-)
+@pytest.mark.parametrize("settings", [{"init": "pissa"}, {"freeze_A": True}, {"use_rslora": True}])
 def test_variants_go_with_adaptive_ranks(settings):
     model = TinyTransformer()
     expected = model(X)
@@ -322,7 +281,7 @@ def test_a_pattern_may_be_below_a_rank_that_a_narrow_layer_cannot_have():
 def test_a_weight_without_enough_rank_is_no_start(init):
     base = nn.Linear(6, 6)
     nn.init.zeros_(base.weight)
-    with pytest.raises(ValueError, match=r"Expected a weight of rank 2 at least to start from .* never learns"):
+    with pytest.raises(ValueError, match=r"Expected a weight of rank 2 or more .* never learns"):
         TruncatedLoRALinear(base, rank=2, init=init)
 
 

@@ -131,7 +131,7 @@ def test_an_empty_batch(bits):
 @both
 def test_a_merge_is_refused_and_the_way_out_works(bits):
     model = adapted_model(bits)
-    with pytest.raises(TypeError, match=r"floating point but got a quantised one .* without quantisation"):
+    with pytest.raises(TypeError, match=r"floating point but got a quantized one .* without quantization"):
         merge_lora(model)
     torch.manual_seed(0)
     plain = TinyTransformer(width=64)
@@ -213,7 +213,7 @@ def test_a_model_that_transformers_quantised(bits, family, tmp_path):
 @both
 def test_quantised_modules_cannot_be_trained_in_full(bits):
     model = quantized_model(bits)
-    with pytest.raises(ValueError, match=r"trained in full but blocks\.0\.key hold quantised weights"):
+    with pytest.raises(ValueError, match=r"trained in full but blocks\.0\.key hold quantized weights"):
         add_lora(model, rank=4, modules_to_save=["blocks.0.key"])
     assert not lora_layers(model)
     assert model.head.weight.requires_grad

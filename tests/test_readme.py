@@ -56,7 +56,7 @@ def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert names["fabric"] is not None
     assert all(layer.lora_B.any() for layer in lora_layers(names["network"]).values())
     assert all(layer.lora_B.any() for layer in lora_layers(names["classifier"]).values())
-    assert names["callback"].rank == 16
+    assert names["callback"].adapter_settings.rank == 16
     assert (tmp_path / "adapter.pt").exists()
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
     # The last line trimmed the model to its ranks.

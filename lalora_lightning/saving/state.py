@@ -1,9 +1,7 @@
 """Adapter-only state: what fine-tuning changed, without the backbone."""
 
-import zipfile
+import os
 from collections.abc import Mapping
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,18 +15,27 @@ from lalora_lightning.adapters import (
     named_parameters,
     remove_layers,
     require_lora_layers,
-    shared_parts,
 )
-from lalora_lightning.base_linear import is_quantized
-from lalora_lightning.layers import TruncatedLoRALinear
+from lalora_lightning.files import load_file
+from lalora_lightning.layers import TruncatedLoRALinear, is_quantized
+from lalora_lightning.names import common_prefix
+
+__all__ = [
+    "frozen_names",
+    "load_lora_state_dict",
+    "lora_state_dict",
+    "require_matching_state",
+    "without_frozen",
+]
 
 _CANNOT_LOAD = "Cannot load the adapter state"
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters, their ranks, everything else that is trained, and buffers: ``model.state_dict()`` without the rest.
+    """Return ``model.state_dict()`` without the backbone: adapters, ranks, other trainable parameters and buffers.
 
-    What is frozen now is taken for backbone, unless it is an adapter: freeze a head after taking the state.
+    Parameters that are frozen now count as backbone, unless they belong to an adapter. To freeze a head, do so after
+    taking the state.
 
     Raises:
         ValueError: The model has no LoRA layers.
@@ -37,16 +44,17 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return without_frozen(model, model.state_dict())
 
 
-def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | PathLike[str]) -> None:
-    """Load what :func:`lora_state_dict` gave, or what a Trainer's checkpoint holds of an adapted module.
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | os.PathLike[str]) -> None:
+    """Load what :func:`lora_state_dict` returned, or what a Trainer's checkpoint holds of an adapted module.
 
-    A model without LoRA layers gets those that the state describes. They and the head are trainable then, and whatever
-    else an adapter-only state holds; dropout, a setting of training, is none. ``load_lora_state_dict(Classifier(),
-    "best.ckpt")`` needs to know nothing of the run, only the backbone has to be the same. A state of a module that held
-    the model in one of its attributes, as a LightningModule does, goes into the model itself, too.
+    A model without LoRA layers is adapted as the state describes. The adapters and the head are trainable then, and so
+    is everything else that an adapter-only state holds. Dropout is a setting of training and is not part of a state.
+    ``load_lora_state_dict(Classifier(), "best.ckpt")`` needs no settings of the run; only the backbone has to be the
+    same. A state of a module that held the model in an attribute, as a LightningModule does, can be loaded into the
+    model itself, too.
 
     Args:
-        model: With the layers the state was taken from, or without any.
+        model: With the layers that the state was taken from, or without LoRA layers.
         state: The state itself, or a file that ``torch.save`` or a Trainer wrote.
 
     Raises:
@@ -55,16 +63,16 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | Path
     """
     if not isinstance(state, Mapping):
         state = _read(state)
-    state = _from_root(model, state)
+    state = _without_root(model, state)
     if lora_layers(model):
-        check_state(model, state)
+        require_matching_state(model, state)
     else:
         _adapt_as_described(model, state)
     model.load_state_dict(state, strict=False)
 
 
-def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Compare a state, whole or adapter-only, with an adapted model.
+def require_matching_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Check that a state, whole or adapter-only, fits an adapted model.
 
     Raises:
         ValueError: Keys are missing or unknown, or a value does not fit; the message lists them all.
@@ -75,11 +83,10 @@ def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     unknown = [str(key) for key in state if key not in own]
     if unknown:
         problems.append(f"unknown keys: {', '.join(unknown)}")
-    # Extra state, if not of a LoRA layer, is its module's to check.
-    # Nor do quantised layers write code books of one length.
-    own_alone = _quantization_keys(model, own)
+    # Extra state of other modules is theirs to check, and the code books of quantized layers vary in length.
+    unchecked = _quantization_keys(model, own)
     for key, value in own.items():
-        if key in state and not key.endswith("_extra_state") and key not in own_alone:
+        if key in state and not key.endswith("_extra_state") and key not in unchecked:
             problems += _misfits(key, state[key], value)
     for name, layer in layers.items():
         key = f"{name}._extra_state".lstrip(".")
@@ -99,42 +106,24 @@ def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         raise ValueError(f"{_CANNOT_LOAD}: {'; '.join(problems)}.")
 
 
-def check_file(path: str | PathLike[str]) -> None:
-    """Compare a file's contents with the checksums in it, at which ``torch.load`` does not look.
-
-    Raises:
-        ValueError: They differ. A file that is no zip archive is left to ``torch.load``.
-    """
-    if not Path(path).is_file() or not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:
-        # BadZipFile, and what other damage leads to.
-        damaged = str(error)
-    if damaged is not None:
-        raise ValueError(f"Expected {path} to be as it was written but it is damaged: {damaged}. Take another copy.")
-
-
 def without_frozen(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state of the model without its frozen parameters; adapters stay in, also where they are frozen."""
+    """Return a state of the model without its frozen parameters; adapters stay in it even if they are frozen."""
     frozen = frozen_names(model) | _quantization_keys(model, state)
     return {key: value for key, value in state.items() if key not in frozen}
 
 
 def frozen_names(model: nn.Module) -> set[str]:
-    """Names of the frozen parameters, without adapters."""
+    """Return the names of the frozen parameters, without adapters."""
     factors = {f"{name}.{factor}".lstrip(".") for name in lora_layers(model) for factor in ("lora_A", "lora_B")}
     return {name for name, p in named_parameters(model, remove_duplicate=False) if not p.requires_grad} - factors
 
 
-def _from_root(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The state without what all its keys have in front, where the model has the layers by their names after that."""
+def _without_root(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Cut the common prefix of the state's keys until the model has the layers by their names."""
     modules = named_modules(model)
     layers = [str(key).removesuffix(".lora_B") for key in state if str(key).endswith(".lora_B")]
     prefix = ""
-    for part in shared_parts(map(str, state)):
+    for part in common_prefix(map(str, state)):
         if any(name in modules for name in layers):
             break
         prefix += f"{part}."
@@ -145,36 +134,13 @@ def _from_root(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _quantization_keys(model: nn.Module, state: Mapping[str, Any]) -> set[str]:
-    """What a state holds of quantised layers beside their parameters: scales and code books of the frozen weights."""
+    """Return the keys of scales and code books, which a state holds of quantized layers beside their parameters."""
     prefixes = tuple(f"{name}." for name, module in named_modules(model).items() if is_quantized(module))
     parameters = {name for name, _ in named_parameters(model, remove_duplicate=False)}
     return {key for key in state if prefixes and key.startswith(prefixes) and key not in parameters}
 
 
-def load_file(path: str | PathLike[str], kind: str) -> Any:
-    """What ``torch.load`` reads of plain types and tensors, after a look at the checksums.
-
-    Args:
-        path: The file.
-        kind: What it is expected to be, for the message.
-
-    Raises:
-        ValueError: It is damaged, or something else.
-    """
-    check_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except Exception as error:
-        # Of what a file can be instead, torch makes errors of many kinds.
-        raise ValueError(
-            f"Expected {path} to be {kind} but it cannot be read "
-            f"({type(error).__name__}: {str(error).split(chr(10))[0]})."
-        ) from error
-
-
-def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
+def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     loaded = load_file(path, "a file of torch.save or of a Trainer")
     if isinstance(loaded, Mapping) and "pytorch-lightning_version" in loaded:
         loaded = loaded["state_dict"]
@@ -184,7 +150,7 @@ def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
 
 
 def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Put the layers of a state into a plain model, unless the state does not fit then."""
+    """Insert the layers of a state into a plain model; undo it if the state does not fit then."""
     layers = _described_layers(model, state)
     trainable = [p for p in model.parameters() if p.requires_grad]
     trained = find_head(model, layers)
@@ -192,19 +158,19 @@ def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
         trained |= {name for name, _ in named_parameters(model) if name in state}
     insert_layers(model, layers, [p for name, p in named_parameters(model) if name in trained])
     try:
-        check_state(model, state)
+        require_matching_state(model, state)
     except ValueError as error:
         remove_layers(model, layers)
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise ValueError(
-            f"{error} If the run trained other modules in full than the head found, such as none, call add_lora with "
-            "its settings (modules_to_save) first."
+            f"{error} If the run trained other modules in full than the head that was found, or none, call add_lora "
+            "with its settings (modules_to_save) first."
         ) from error
 
 
 def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, TruncatedLoRALinear]:
-    """New layers over the model's own, by name, as a state describes them."""
+    """Return new layers over the model's own, by name, as a state describes them."""
     layers, problems = {}, []
     modules = named_modules(model)
     for name in [key.removesuffix(".lora_B") for key in state if str(key).endswith(".lora_B")]:
@@ -216,20 +182,20 @@ def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, T
                 raise ValueError("lora_B or _extra_state do not describe an adapter")
             scaling, *edges = extra.tolist()
             slices = [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-            # Trained in float32 also where the file holds less.
+            # Adapters are trained in float32 even if the file holds half precision.
             dtype = torch.promote_types(factor.dtype, torch.float32)
             layers[name] = TruncatedLoRALinear.with_scaling(
                 modules[name], factor.shape[-1], scaling, out_slices=slices, dtype=dtype
             )
             if f"{name}.start_B" in state:
-                layers[name].keep_start()
+                layers[name].keep_initial_factors()
         except (ValueError, TypeError, OverflowError, RuntimeError, IndexError) as error:
             problems.append(f"cannot adapt {name}: {str(error).rstrip('.')}")
     if problems:
         raise ValueError(f"{_CANNOT_LOAD}: {'; '.join(problems)}.")
     if not layers:
         raise ValueError(
-            "Expected a state of LoRA layers, as lora_state_dict gives it, but it holds "
+            "Expected a state of LoRA layers, as lora_state_dict returns it, but it holds "
             f"{', '.join(map(str, list(state)[:5])) or 'nothing'}."
         )
     return layers

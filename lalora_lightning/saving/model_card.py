@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it was trained on, its ranks, its scores."""
+"""The model card of an adapter: its base model, its ranks, its scores."""
 
 import json
 import re
@@ -6,21 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lalora_lightning.tables import markdown_table
+
+__all__ = ["is_model_card", "model_card"]
+
 
 def model_card(ranks: Mapping[str, int], config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    """A README in the Hub's form, with metadata in front.
+    """Return a README in the Hub's form, which begins with metadata.
 
     Args:
         ranks: Rank of each adapted projection.
         config: The adapter's ``adapter_config.json``.
-        facts: What else there is to say: scores, settings of the run, data.
-
-    Returns:
-        Markdown.
+        facts: What else the card says: scores, settings of the run, data.
     """
     base = config["base_model_name_or_path"]
     if base is not None and (Path(base).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)):
-        # The Hub refuses a card that names a folder of somebody's machine.
+        # The Hub rejects a card that names a local folder.
         base = None
     metadata = {"base_model": base, "library_name": "peft", "tags": ["lora", "la-lora", "lalora-lightning"]}
     # JSON is YAML.
@@ -45,21 +46,20 @@ def model_card(ranks: Mapping[str, int], config: Mapping[str, Any], facts: Mappi
             'model = PeftModel.from_pretrained(base_model, "THIS FOLDER OR REPOSITORY")',
             "```",
             "",
-            *_table(["", ""], settings),
+            _table(["", ""], settings),
             "",
             "## Ranks",
             "",
-            *_table(["projection", "rank"], ranks),
+            _table(["projection", "rank"], ranks),
             "",
         ]
     )
 
 
 def is_model_card(text: str) -> bool:
-    """Whether a README is a card that :func:`model_card` wrote, and nobody's own."""
+    """Return whether a README is a card that :func:`model_card` wrote."""
     return text.startswith("---") and "lalora-lightning" in text.partition("\n---\n")[0]
 
 
-def _table(header: list[str], rows: Mapping[str, Any]) -> list[str]:
-    cells = [header, ["---", "---"], *([name, str(value)] for name, value in rows.items())]
-    return [f"| {' | '.join(' '.join(cell.replace('|', '&#124;').split()) for cell in row)} |" for row in cells]
+def _table(header: list[str], rows: Mapping[str, Any]) -> str:
+    return markdown_table(header, [[name, str(value)] for name, value in rows.items()])

@@ -1,37 +1,48 @@
-"""What counts as a linear layer, and how its weight is read: nn.Linear, transformers' Conv1D, bitsandbytes' layers."""
+"""The kinds of linear layers that can be adapted: nn.Linear, transformers' Conv1D, bitsandbytes' quantized layers."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+__all__ = [
+    "is_4bit",
+    "is_conv1d",
+    "is_linear",
+    "is_quantized",
+    "linear_parameter",
+    "linear_shape",
+    "linear_weight",
+    "num_entries",
+]
+
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module computes ``x @ W.T + b`` and nothing else.
+    """Return whether a module computes ``x @ W.T + b`` and nothing else.
 
-    True of ``nn.Linear``, transformers' ``Conv1D`` and bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``.
+    True for ``nn.Linear``, transformers' ``Conv1D`` and bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``.
     """
     return type(module).forward is nn.Linear.forward or is_conv1d(module) or is_quantized(module)
 
 
-# By name: loading transformers or bitsandbytes only to ask these questions would cost every user seconds.
+# Libraries are recognised by name: importing transformers or bitsandbytes for the question would take seconds.
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' ``Conv1D`` (GPT-2), a linear layer that stores its weight as ``(d, m)``."""
+    """Return whether a module is transformers' ``Conv1D`` (GPT-2), which stores its weight as ``(d, m)``."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def is_4bit(module: nn.Module) -> bool:
-    """Whether a module is bitsandbytes' ``Linear4bit``, or ``LinearNF4`` or ``LinearFP4``, which derive from it."""
-    return _is_of_bitsandbytes(module, "Linear4bit")
+    """Return whether a module is bitsandbytes' ``Linear4bit`` or a subclass (``LinearNF4``, ``LinearFP4``)."""
+    return _is_from_bitsandbytes(module, "Linear4bit")
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a 4-bit or 8-bit linear layer of bitsandbytes."""
-    return is_4bit(module) or _is_of_bitsandbytes(module, "Linear8bitLt")
+    """Return whether a module is a 4-bit or 8-bit linear layer of bitsandbytes."""
+    return is_4bit(module) or _is_from_bitsandbytes(module, "Linear8bitLt")
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """``(m, d)``: output and input features of a linear module."""
+    """Return ``(m, d)``, the output and input features of a linear module."""
     if is_conv1d(module):
         d, m = linear_parameter(module).shape
         return m, d
@@ -40,16 +51,16 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def linear_parameter(module: nn.Module) -> Tensor:
-    """The weight of a linear module as it is stored; a quantised one is packed integers."""
+    """Return the weight of a linear module as it is stored; a quantized weight is packed integers."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight of a linear module as ``(m, d)``: for ``Conv1D`` a transposed view, for a quantised one a copy.
+    """Return the weight of a linear module as ``(m, d)``: a transposed view for ``Conv1D``, a copy if quantized.
 
-    bitsandbytes quantises when a layer is moved to its device; before, the weight is what it was.
+    bitsandbytes quantizes a layer when it is moved to its device. Before that, this is the original weight.
     """
     weight = linear_parameter(module)
     if not weight.is_floating_point():
@@ -57,8 +68,8 @@ def linear_weight(module: nn.Module) -> Tensor:
     return weight.T if is_conv1d(module) else weight
 
 
-def entries(parameter: Tensor) -> int:
-    """Number of entries of a parameter; a byte of a 4-bit weight holds two."""
+def num_entries(parameter: Tensor) -> int:
+    """Return the number of entries of a parameter; each byte of a 4-bit weight holds two."""
     packed = type(parameter).__name__ == "Params4bit" and parameter.dtype == torch.uint8
     return parameter.numel() * (2 if packed else 1)
 
@@ -73,5 +84,5 @@ def _dequantized(module: Any) -> Tensor:
     return functional.int8_vectorwise_dequant(module.weight.data, scales.to(module.weight.device))
 
 
-def _is_of_bitsandbytes(module: nn.Module, name: str) -> bool:
+def _is_from_bitsandbytes(module: nn.Module, name: str) -> bool:
     return any(kind.__name__ == name and kind.__module__ == "bitsandbytes.nn.modules" for kind in type(module).__mro__)

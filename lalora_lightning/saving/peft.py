@@ -1,6 +1,5 @@
-"""Adapters in PEFT's format: what is trained here is used there, and the other way round."""
+"""Adapters in PEFT's format: exporting what was trained here, and importing what PEFT trained."""
 
-import json
 import os
 import re
 import tempfile
@@ -19,31 +18,15 @@ from lalora_lightning.adapters import (
     require_lora_layers,
     summarize,
 )
-from lalora_lightning.base_linear import is_conv1d, is_linear, linear_shape
-from lalora_lightning.layers import TruncatedLoRALinear, lora_scaling
-from lalora_lightning.model_card import is_model_card, model_card
+from lalora_lightning.layers import TruncatedLoRALinear, is_conv1d, is_linear, linear_shape, lora_scaling
+from lalora_lightning.names import parent_name
+from lalora_lightning.saving.model_card import model_card
+from lalora_lightning.saving.peft_folder import local_folder, read_folder, write_folder
 
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
+__all__ = ["load_peft_adapter", "push_peft_adapter", "save_peft_adapter"]
+
 # PEFT wraps a model twice.
 _PREFIX = "base_model.model."
-# What changes the function of a PEFT adapter, and has no counterpart here.
-_UNKNOWN_SETTINGS = (
-    "use_dora",
-    "lora_bias",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "lora_ga_config",
-    "monteclora_config",
-    "velora_config",
-)
-# Starts that leave the base weights as they are; the others take something off them.
-_KNOWN_STARTS = ("True", "False", "gaussian", "eva", "orthogonal")
 
 
 def save_peft_adapter(
@@ -53,19 +36,20 @@ def save_peft_adapter(
     overwrite: bool = False,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the adapters, at their ranks in force, and what else is trained, so that PEFT can load them.
+    """Write the adapters, at their current ranks, and everything else that is trained, so that PEFT can load them.
 
-    ``PeftModel.from_pretrained(base_model, folder)`` and transformers' ``model.load_adapter(folder)`` read it. A
-    ``README.md`` beside them is the model card: base model, ranks, and the facts given. The scaling is folded into
-    ``lora_B``. Adapters of the slices of a fused projection become one of the whole projection, with as many times the
-    rank and rows of zeros where nothing is adapted. A start that is taken off makes an adapter of twice the rank.
+    ``PeftModel.from_pretrained(base_model, folder)`` and transformers' ``model.load_adapter(folder)`` read the folder. A
+    ``README.md`` in it is the model card: base model, ranks, and the given facts. The scaling is folded into
+    ``lora_B``. Adapters of the slices of a fused projection become one adapter of the whole projection, with as many
+    times the rank and rows of zeros where nothing is adapted. Where initial factors are subtracted, the adapter has
+    twice the rank.
 
     Args:
         model: The adapted model itself, not the LightningModule around it: names have to be those of the base model.
         folder: New or empty.
-        uniform: Pad all adapters with zero components to the highest rank, for readers that know one rank only.
-        overwrite: Replace an adapter that is there, with its model card; another ``README.md`` stays.
-        facts: What else the model card shall say, such as ``{"accuracy": 0.87, "gamma": 2.0}``.
+        uniform: Pad all adapters with zero components to the highest rank, for engines that support one rank only.
+        overwrite: Replace an adapter in the folder and its model card; another ``README.md`` is kept.
+        facts: What else the model card says, such as ``{"accuracy": 0.87, "gamma": 2.0}``.
 
     Raises:
         ValueError: The model has no LoRA layers, layers are merged, or parameters of the model itself are trained,
@@ -74,15 +58,7 @@ def save_peft_adapter(
     """
     _require_model_itself(model)
     layers = require_lora_layers(model)
-    merged = [name for name, layer in layers.items() if layer.merged]
-    if merged:
-        raise ValueError(f"Expected unmerged adapters but {merged[0]} is merged; call unmerge_lora(model) first.")
-    for name in layers:
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-            raise ValueError(
-                f"Expected projections that PEFT can adapt one by one but {name} is part of an nn.MultiheadAttention, "
-                "of which PEFT adapts all or nothing; use lora_state_dict(model), or merge_lora(model, remove=True)."
-            )
+    _require_exportable(model, layers)
     head = summarize(model).head
     if "" in head:
         raise ValueError("Expected trained parameters to lie in modules but the model has some of its own.")
@@ -119,8 +95,8 @@ def save_peft_adapter(
         "bias": "none",
         "inference_mode": True,
     }
-    in_force = {name: int(layer.rank) for name, layer in layers.items()}
-    _write(folder, config, tensors, model_card(in_force, config, facts or {}))
+    current_ranks = {name: int(layer.rank) for name, layer in layers.items()}
+    write_folder(folder, config, tensors, model_card(current_ranks, config, facts or {}))
 
 
 def push_peft_adapter(
@@ -131,22 +107,24 @@ def push_peft_adapter(
     private: bool | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload what :func:`save_peft_adapter` writes to the Hub, as one commit; the repository is made if there is none.
+    """Upload what :func:`save_peft_adapter` writes to the Hub, as one commit; a missing repository is created.
 
-    Files of these names that are there are replaced, ``README.md`` among them.
+    Existing files of the same names are replaced, ``README.md`` included.
 
     Args:
-        model: As of :func:`save_peft_adapter`, like ``uniform`` and ``facts``.
+        model: As in :func:`save_peft_adapter`, like ``uniform`` and ``facts``.
         repo_id: ``"user/name"``.
-        private: Whether a new repository is private; by default as the organisation has it.
+        uniform: Pad all adapters to the highest rank.
+        facts: What else the model card says.
+        private: Whether a new repository is private; by default as the organization has it.
         token: By default the one that ``hf auth login`` stored.
 
     Returns:
-        The commit's address.
+        The address of the commit.
 
     Raises:
-        ValueError: As of :func:`save_peft_adapter`; nothing has been uploaded then.
-        huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
+        ValueError: As in :func:`save_peft_adapter`; nothing has been uploaded then.
+        huggingface_hub.errors.HfHubHTTPError: The Hub rejects it.
     """
     from huggingface_hub import HfApi
 
@@ -160,15 +138,16 @@ def push_peft_adapter(
 def load_peft_adapter(
     model: nn.Module, folder: str | os.PathLike[str], revision: str | None = None, token: str | None = None
 ) -> None:
-    """Adapt a model by a LoRA adapter that PEFT trained, as a starting point.
+    """Adapt a model with a LoRA adapter that PEFT trained, to use it or to train it further.
 
-    The layers get the highest of its ranks as maximum rank; those of a lower rank are filled up with fresh components
-    that are not in force. A :class:`RankAllocator` starts at rank 1 unless it is told ``gradual_budget=False``.
+    All layers get the highest of the adapter's ranks as maximum rank. Those of a lower rank are filled up with new
+    components that the current rank leaves out. A :class:`RankAllocator` sets all ranks to 1 at first, unless it is
+    given ``gradual_budget=False``.
 
     Args:
         model: The base model, without LoRA layers.
         folder: With ``adapter_config.json`` and ``adapter_model.safetensors``; or ``"user/name"`` of a repository on
-            the Hub, where there is no such folder.
+            the Hub, if there is no such folder.
         revision: Branch, tag or commit of the repository.
         token: For a private repository; by default the one that ``hf auth login`` stored.
 
@@ -179,7 +158,7 @@ def load_peft_adapter(
     _require_model_itself(model)
     if lora_layers(model):
         raise ValueError("Expected a model without LoRA layers but it has some already.")
-    config, tensors = _read(_local(folder, revision, token))
+    config, tensors = read_folder(local_folder(folder, revision, token))
     factors: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, value in tensors.items():
@@ -212,12 +191,25 @@ def load_peft_adapter(
 
 
 def _require_model_itself(model: nn.Module) -> None:
-    # By name: the core knows no Lightning.
+    # By name, so that this file does not depend on Lightning.
     if any(kind.__name__ == "LightningModule" for kind in type(model).__mro__):
         raise ValueError(
-            f"Expected the model itself but got the LightningModule {type(model).__name__}, whose names of layers no "
-            "base model has; give the attribute that holds the model, such as module.model."
+            f"Expected the model itself but got the LightningModule {type(model).__name__}, whose layers have names "
+            "that no base model has; give the attribute that holds the model, such as module.model."
         )
+
+
+def _require_exportable(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear]) -> None:
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(f"Expected unmerged adapters but {merged[0]} is merged; call unmerge_lora(model) first.")
+    for name in layers:
+        if isinstance(model.get_submodule(parent_name(name)), nn.MultiheadAttention):
+            raise ValueError(
+                f"Expected projections that PEFT can adapt one by one but {name} is part of an nn.MultiheadAttention, "
+                "which PEFT adapts as a whole or not at all; use lora_state_dict(model), or "
+                "merge_lora(model, remove=True)."
+            )
 
 
 def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -226,20 +218,21 @@ def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _pattern(name: str, names: Mapping[str, Any]) -> str:
-    """A module's name for PEFT, which looks for it at the end of names: anchored where another one ends alike."""
+    """Return a module's name as a pattern for PEFT, anchored if another name ends like it."""
     return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
 
 
 def _scaling(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]) -> float:
     rank = len(pair["A"])
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    # As PEFT does: the first pattern that matches the end of the name.
+    # As in PEFT, the first pattern that matches the end of the name counts.
     alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config.get("lora_alpha", 8))
     return lora_scaling(alpha, rank, bool(config.get("use_rslora")))
 
 
 @torch.no_grad()
 def _layer(module: nn.Module, pair: Mapping[str, Tensor], scaling: float, highest: int) -> TruncatedLoRALinear:
+    """Return a layer over a module with the factors of an adapter, up to the highest rank of all."""
     A, B = pair["A"], pair["B"]
     m, d = linear_shape(module)
     rank = len(A)
@@ -250,64 +243,9 @@ def _layer(module: nn.Module, pair: Mapping[str, Tensor], scaling: float, highes
             f"expected lora_A and lora_B of shapes ({rank}, {d}) and ({m}, {rank}) but got {tuple(A.shape)} and "
             f"{tuple(B.shape)}"
         )
-    # Trained in float32 also where the file holds less.
+    # Adapters are trained in float32 even if the file holds half precision.
     dtype = torch.promote_types(A.dtype, torch.float32)
     layer = TruncatedLoRALinear.with_scaling(module, min(highest, m, d), scaling, dtype=dtype)
     layer.lora_A[:rank], layer.lora_B[:, :rank] = A, B
     layer.set_rank(rank)
     return layer
-
-
-def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], card: str) -> None:
-    """All files, each complete under its name or not there."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    half_written = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file(tensors, half_written, metadata={"format": "pt"})
-    half_written.replace(folder / WEIGHTS_FILE)
-    texts = {CONFIG_FILE: json.dumps(config, indent=2) + "\n"}
-    if not (folder / CARD_FILE).exists() or is_model_card((folder / CARD_FILE).read_text()):
-        texts[CARD_FILE] = card
-    for name, text in texts.items():
-        half_written.write_text(text)
-        half_written.replace(folder / name)
-
-
-def _local(folder: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:
-    """The folder, or that of a downloaded repository."""
-    if not isinstance(folder, str) or Path(folder).is_dir() or folder.count("/") != 1:
-        return Path(folder)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        files = [CONFIG_FILE, WEIGHTS_FILE]
-        return Path(snapshot_download(folder, revision=revision, token=token, allow_patterns=files))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"Expected {folder!r} to be a folder or a repository on the Hub but it is no folder, and the Hub says: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from error
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"Expected an adapter of PEFT in {folder} but it has no {file}.")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise ValueError(f"Expected an adapter of PEFT in {folder} but it cannot be read ({error}).") from error
-    unknown = [key for key in _UNKNOWN_SETTINGS if config.get(key)]
-    start = str(config.get("init_lora_weights", True))
-    if start not in _KNOWN_STARTS:
-        unknown.append(f"init_lora_weights={start}")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unknown:
-        kind = ", ".join([str(config.get("peft_type")), f"bias={config.get('bias')}", *unknown])
-        raise ValueError(f"Expected a plain LoRA adapter without biases in {folder} but got {kind}.")
-    return config, tensors

@@ -1,0 +1,41 @@
+"""Adapting a model: which layers are adapted, what else is trained, and how layers are inserted, merged and removed."""
+
+from lalora_lightning.adapters.adaptation import add_lora
+from lalora_lightning.adapters.head import find_head
+from lalora_lightning.adapters.insertion import insert_layers, remove_layers
+from lalora_lightning.adapters.inspection import (
+    AdapterSummary,
+    linear_layers_seen,
+    lora_layers,
+    named_modules,
+    named_parameters,
+    require_lora_layers,
+    require_unmerged,
+    summarize,
+)
+from lalora_lightning.adapters.merging import merge_lora, trim_lora, unmerge_lora
+from lalora_lightning.adapters.settings import AdapterSettings
+from lalora_lightning.adapters.targets import find_targets
+from lalora_lightning.names import GroupBy, group_names
+
+__all__ = [
+    "AdapterSettings",
+    "AdapterSummary",
+    "GroupBy",
+    "add_lora",
+    "find_head",
+    "find_targets",
+    "group_names",
+    "insert_layers",
+    "linear_layers_seen",
+    "lora_layers",
+    "merge_lora",
+    "named_modules",
+    "named_parameters",
+    "remove_layers",
+    "require_lora_layers",
+    "require_unmerged",
+    "summarize",
+    "trim_lora",
+    "unmerge_lora",
+]

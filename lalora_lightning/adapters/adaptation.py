@@ -1,0 +1,141 @@
+"""add_lora: adapt a model in place."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lalora_lightning.adapters.head import head_parameters, named_head_parameters
+from lalora_lightning.adapters.insertion import insert_layers
+from lalora_lightning.adapters.inspection import AdapterSummary, lora_layers, named_modules, summarize
+from lalora_lightning.adapters.targets import find_targets, match_modules, require_untied_weights
+from lalora_lightning.initialization import Init
+from lalora_lightning.layers import TruncatedLoRALinear, lora_scaling
+from lalora_lightning.names import parent_name
+
+__all__ = ["add_lora"]
+
+
+def add_lora(
+    model: nn.Module,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    rank_pattern: Mapping[str, int] | None = None,
+    init: Init = "kaiming",
+    use_rslora: bool = False,
+    freeze_A: bool = False,
+) -> AdapterSummary:
+    """Wrap every target in a :class:`TruncatedLoRALinear`, freeze the rest and keep the head trainable, in place.
+
+    Args:
+        model: Any module. A model on the meta device can be adapted, too.
+        rank: Maximum rank of a projection.
+        alpha: The adapters are scaled by ``alpha / rank``.
+        dropout: Dropout on the adapters' input.
+        target_modules: Names of linear modules (``"query"`` matches every module of that name, ``"layer.3.query"`` a
+            longer part of the name), or a regular expression that matches whole names. A named projection is adapted
+            whole. By default query and value are found by the names that the model families use. In fused projections
+            (``qkv``, ``Wqkv``, ``c_attn``, and ``in_proj`` of ``nn.MultiheadAttention``) only the slices of query and
+            value are adapted by default.
+        modules_to_save: Names of the modules that are trained in full. By default the task head: the modules beside the
+            adapted backbone that hold a linear layer, without parameters that are frozen already and without
+            embeddings. An empty list trains adapters only.
+        device: Device of the adapters; by default that of the weight they adapt.
+        dtype: Data type of the adapters' parameters, also over a base of lower precision.
+        rank_pattern: Maximum ranks for some projections, by a part of their names, such as
+            ``{"layer.3": 2, "query": 4}``; the first that matches counts. The scaling stays ``alpha / rank``. Such
+            ranks are fixed: a rank allocator needs one maximum rank for all.
+        init: Initialization of the adapters: "kaiming" or "orthogonal" (A random, B zero), "pissa" (largest singular
+            values), "milora" (smallest), "olora" (QR). In every case the adapted model equals the base model at first.
+        use_rslora: Scale by ``alpha / sqrt(rank)`` (rank-stabilized LoRA, arXiv 2312.03732).
+        freeze_A: Train ``lora_B`` only (LoRA-FA, arXiv 2308.03303).
+
+    Returns:
+        A summary to print: ``print(add_lora(model))``.
+
+    Raises:
+        ValueError: The model is adapted already; nothing was found for ``target_modules`` or ``modules_to_save``; a
+            target shares its weight with another module or lies in one of ``modules_to_save``; rank, alpha, dropout, a
+            rank of the pattern or init is out of range; dropout would have no effect in an ``nn.MultiheadAttention``.
+            The model is unchanged then.
+        TypeError: A target is not a linear module.
+    """
+    if lora_layers(model):
+        raise ValueError("Expected a model without LoRA layers but it has some already; add_lora adapts a model once.")
+    modules = named_modules(model)
+    targets = find_targets(modules, target_modules)
+    require_untied_weights(model, targets)
+    if dropout:
+        _require_no_attention(modules, targets)
+    ranks = _match_ranks(rank_pattern or {}, targets, rank)
+    if modules_to_save is None:
+        trained = head_parameters(modules, targets)
+    else:
+        head = match_modules("modules_to_save", modules, modules_to_save)
+        trained = named_head_parameters(modules, head, targets)
+    _require_floating_point(trained)
+    settings: dict[str, Any] = {
+        "dropout": dropout,
+        "device": device,
+        "dtype": dtype,
+        "init": init,
+        "freeze_A": freeze_A,
+    }
+    adapted = {}
+    for name, out_slices in targets.items():
+        base, settings["out_slices"] = modules[name], out_slices
+        try:
+            if name in ranks:
+                scaling = lora_scaling(alpha, rank, use_rslora)
+                adapted[name] = TruncatedLoRALinear.with_scaling(base, ranks[name], scaling, **settings)
+            else:
+                adapted[name] = TruncatedLoRALinear(base, rank, alpha, use_rslora=use_rslora, **settings)
+        except ValueError as error:
+            raise ValueError(f"Cannot adapt {name}. {error}") from error
+
+    insert_layers(model, adapted, trained.values())
+    return summarize(model)
+
+
+def _require_no_attention(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> None:
+    for name in targets:
+        if isinstance(modules.get(parent_name(name)), nn.MultiheadAttention):
+            raise ValueError(
+                f"Expected dropout=0 for {name} but got another value: nn.MultiheadAttention reads the weights of its "
+                "projections and never calls them, so that dropout would have no effect."
+            )
+
+
+def _require_floating_point(trained: Mapping[str, nn.Parameter]) -> None:
+    quantized = dict.fromkeys(parent_name(name) for name, p in trained.items() if not p.is_floating_point())
+    if quantized:
+        raise ValueError(
+            f"Expected modules that can be trained in full but {', '.join(quantized)} hold quantized weights; leave "
+            "them out of modules_to_save, or out of the quantization."
+        )
+
+
+def _match_ranks(rank_pattern: Mapping[str, int], targets: Iterable[str], rank: int) -> dict[str, int]:
+    """Return the targets' own maximum ranks, for those that the pattern matches."""
+    if rank_pattern and rank < 1:
+        raise ValueError(f"Expected rank to be at least 1 but got {rank}.")
+    ranks = {}
+    unmatched = set(rank_pattern)
+    for name in targets:
+        matching = [part for part in rank_pattern if f".{part}." in f".{name}."]
+        unmatched -= set(matching)
+        if matching:
+            ranks[name] = rank_pattern[matching[0]]
+    if unmatched:
+        raise ValueError(
+            "Expected rank_pattern to name parts of the adapted projections' names but "
+            f"{', '.join(sorted(unmatched))} is in none of {', '.join(targets)}."
+        )
+    return ranks

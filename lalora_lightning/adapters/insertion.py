@@ -1,0 +1,42 @@
+"""Inserting layers into a model and removing them."""
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from lalora_lightning.layers import IN_PROJ, TruncatedLoRALinear, set_in_proj
+from lalora_lightning.names import CHECKPOINT_WRAPPER
+
+__all__ = ["insert_layers", "remove_layers"]
+
+
+def insert_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear], trained: Iterable[nn.Parameter]) -> None:
+    """Replace base layers by the layers that wrap them, and freeze everything else.
+
+    Args:
+        model: The model, changed in place.
+        layers: The new layers by the names of their base layers.
+        trained: Parameters of the model that stay trainable.
+    """
+    trained = list(trained)
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    for name, layer in layers.items():
+        _replace(model, name, layer)
+
+
+def remove_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear]) -> None:
+    """Put the base layers back in place of the layers; what the adapters learned is lost."""
+    for name, layer in layers.items():
+        _replace(model, name, layer.base_layer)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    prefix, _, child = name.rpartition(".")
+    parent = model.get_submodule(prefix)
+    parent = getattr(parent, CHECKPOINT_WRAPPER, parent)
+    if child == IN_PROJ and isinstance(parent, nn.MultiheadAttention):
+        set_in_proj(parent, module)
+    else:
+        setattr(parent, child, module)

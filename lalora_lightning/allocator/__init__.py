@@ -1,0 +1,6 @@
+"""Deciding the rank of every layer, in any training loop."""
+
+from lalora_lightning.allocator.allocator import RankAllocator
+from lalora_lightning.allocator.settings import AllocationSettings, Contribution, ContributionScale, Growth
+
+__all__ = ["AllocationSettings", "Contribution", "ContributionScale", "Growth", "RankAllocator"]

@@ -1,0 +1,267 @@
+"""RankAllocator: reads the norms of the rank components, computes ranks and writes them into the layers."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lalora_lightning import functional
+from lalora_lightning.adapters import lora_layers, require_lora_layers, require_unmerged
+from lalora_lightning.allocator.checks import require_allocatable_layers, require_matching_allocator_state
+from lalora_lightning.allocator.component_norms import ComponentNorms
+from lalora_lightning.allocator.settings import AllocationSettings, Contribution, ContributionScale, Growth
+from lalora_lightning.names import GroupBy, group_names
+
+__all__ = ["FISHER_DECAY", "RankAllocator"]
+
+FISHER_DECAY = 0.9
+"""Weight of the past in the moving average of squared gradients."""
+
+
+class RankAllocator:
+    """Decides after each optimizer step how many ranks every layer of an adapted model may use.
+
+    La-LoRA (Gu et al., Neural Networks 194, 2025, 108095): the Dynamic Contribution-Driven Parameter Budget (Eqs. 5-7)
+    is the number of ranks that the whole model may use now. The Truncated Norm Weighted Dynamic Rank Allocation
+    (Eqs. 8-10) divides it among the layers. The defaults differ from the published equations where those are unstable;
+    ``growth="stored"`` and ``contribution_scale="absolute"`` run the published equations.
+
+    :meth:`step` never reads a number from the device, and runs as many operations for 96 layers as for 6.
+
+    ::
+
+        add_lora(model, rank=8)
+        allocator = RankAllocator(model)
+        for batch in batches:
+            loss(model, batch).backward()
+            optimizer.step()
+            allocator.step()
+
+    Args:
+        model: A module with :class:`TruncatedLoRALinear` layers of one maximum rank. Their ranks are set anew: to 1, or
+            to the final budget with ``gradual_budget=False``.
+        gamma: How strongly growth of the values grows the budget (Eq. 5), see
+            :class:`lalora_lightning.allocator.AllocationSettings`, which explains all settings.
+        contribution: ``"norm"`` (Eq. 9) or ``"fisher"``: averaged squared gradients replace the norms. Call
+            :meth:`observe_gradients` before every optimizer step then.
+        contribution_scale: ``"relative"`` to the mean of all layers, or ``"absolute"``.
+        temperature: Above 1 the layers' shares are more equal, below 1 less.
+        growth: ``"matched"`` compares values at the same rank, ``"stored"`` with the value under the previous rank.
+        gradual_budget: False gives the whole budget from the first step (Table 10).
+        fidelity: False leaves the fidelities out of the contribution (Table 11).
+        average_rank: The budget ends at ``average_rank * L``; by default at ``max_rank * L``.
+        group_by: Which projections share a rank, see :func:`lalora_lightning.names.group_names`.
+        interval: Decide at every ``interval``-th call of :meth:`step`.
+        freeze_after: Number of calls of :meth:`step` after which ranks and budget do not change any more.
+
+    Attributes:
+        settings: The arguments as :class:`lalora_lightning.allocator.AllocationSettings`.
+        layer_names: Name of each layer, in the order of ``ranks``.
+        max_rank: Maximum rank of a layer.
+        ranks: ``(L,)`` int64, the current ranks.
+        budget: Scalar in [L, average_rank * L].
+        steps: Calls of :meth:`step` so far.
+        skipped: Scalar int64, number of steps that changed nothing because a norm was not finite.
+        contributions: ``(L,)`` contributions by which the last decision divided the budget (Eq. 9); NaN before it.
+        growth_rates: ``(L,)`` growth of the values over the step before the last decision (Eq. 6); NaN before it.
+
+    Raises:
+        ValueError: The model has no LoRA layers, layers of different maximum rank, on several devices or with flattened
+            parameters (FSDP of the first generation, DeepSpeed stage 3), or an argument is out of range.
+        RuntimeError: A layer is merged.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        gamma: float = 8.0,
+        contribution: Contribution = "norm",
+        contribution_scale: ContributionScale = "relative",
+        temperature: float = 1.0,
+        growth: Growth = "matched",
+        gradual_budget: bool = True,
+        fidelity: bool = True,
+        average_rank: float | None = None,
+        group_by: GroupBy = "block",
+        interval: int = 1,
+        freeze_after: int | None = None,
+    ) -> None:
+        self.settings = AllocationSettings(
+            gamma=gamma,
+            contribution=contribution,
+            contribution_scale=contribution_scale,
+            temperature=temperature,
+            growth=growth,
+            gradual_budget=gradual_budget,
+            fidelity=fidelity,
+            average_rank=average_rank,
+            group_by=group_by,
+            interval=interval,
+            freeze_after=freeze_after,
+        )
+        layers = require_lora_layers(model)
+        require_unmerged(layers)
+        self.max_rank = require_allocatable_layers(layers, average_rank)
+        groups = group_names(layers, group_by)
+        self.layer_names = list(groups)
+        self.min_budget = float(len(groups))
+        self.max_budget = float(len(groups) * (self.max_rank if average_rank is None else average_rank))
+        self.steps = 0
+
+        # In the order of the layers that the projections belong to.
+        self._projections = [layers[name] for names in groups.values() for name in names]
+        self._norms = ComponentNorms(groups, layers)
+        device = self._projections[0].lora_A.device
+        layer_of = [i for i, names in enumerate(groups.values()) for _ in names]
+        self._layer_of = torch.tensor(layer_of, device=device)
+        self._components = torch.arange(self.max_rank, device=device)
+        self.budget = torch.tensor(self.min_budget if gradual_budget else self.max_budget, device=device)
+        even = torch.zeros(len(groups), device=device)
+        self.ranks = functional.allocate_ranks(even, self.budget, self.max_rank)
+        self.skipped = torch.zeros((), dtype=torch.long, device=device)
+        self.contributions = self.growth_rates = torch.full_like(even, math.nan)
+        squares = self._norms.of_parameters()
+        self._fisher = torch.zeros_like(squares) if contribution == "fisher" else None
+        self._observed = False
+        self._value = functional.values(
+            functional.truncated_norms(functional.norms_by_rank(squares), self.ranks), self.ranks
+        )
+        self._bind()
+        self._write()
+
+    @torch.no_grad()
+    def observe_gradients(self) -> None:
+        """Add the gradients to the Fisher average; call it after unscaling and before clipping and the optimizer step.
+
+        Gradients that are not finite are skipped. Does nothing unless ``contribution="fisher"``.
+        """
+        if self._fisher is None:
+            return
+        self._follow_device()
+        squares = self._norms.of_gradients()
+        average = torch.lerp(squares, self._fisher.to(squares.dtype), FISHER_DECAY)
+        self._fisher = torch.where(squares.sum() < math.inf, average, self._fisher)
+        self._observed = True
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Decide the ranks of the next step from the weights after this one; call it after every optimizer step.
+
+        Raises:
+            RuntimeError: ``contribution="fisher"`` and :meth:`observe_gradients` was never called.
+        """
+        if self._fisher is not None and not self._observed:
+            raise RuntimeError(
+                'Expected observe_gradients() to be called before the optimizer step, since contribution="fisher" '
+                "needs gradients, but it was not."
+            )
+        self.steps += 1
+        if self.frozen or self.steps % self.settings.interval:
+            return
+        self._follow_device()
+        norms = functional.norms_by_rank(self._norms.of_parameters())
+        truncated = functional.truncated_norms(norms, self.ranks)
+        value = functional.values(truncated, self.ranks)
+        self.growth_rates = functional.growth_rates(value, self._value)
+        self.contributions = self._compute_contributions(norms, truncated)
+        budget = functional.update_budget(
+            self.budget, self.growth_rates, self.settings.gamma, self.min_budget, self.max_budget
+        )
+        ranks = functional.allocate_ranks(self.contributions, budget, self.max_rank, self.settings.temperature)
+        if self.settings.growth == "matched":
+            value = functional.values(functional.truncated_norms(norms, ranks), ranks)
+
+        # The norms at full rank include every component, and no norm is negative: their sum shows every NaN and Inf.
+        finite = norms[..., -1].sum() < math.inf
+        self.ranks = torch.where(finite, ranks, self.ranks)
+        self.budget = torch.where(finite, budget, self.budget)
+        self._value = torch.where(finite, value, self._value)
+        self.skipped += ~finite
+        self._write()
+
+    def drives(self, model: nn.Module) -> bool:
+        """Return whether the model's LoRA layers are those that this allocator decides about."""
+        return set(lora_layers(model).values()) == set(self._projections)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the ranks do not change any more."""
+        return self.settings.freeze_after is not None and self.steps > self.settings.freeze_after
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs, as tensors and plain types."""
+        return {
+            "layer_names": list(self.layer_names),
+            "max_rank": self.max_rank,
+            "steps": self.steps,
+            "ranks": self.ranks.clone(),
+            "budget": self.budget.clone(),
+            "value": self._value.clone(),
+            "skipped": self.skipped.clone(),
+            "fisher": None if self._fisher is None else self._fisher.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state that :meth:`state_dict` returned, and write its ranks into the model.
+
+        Raises:
+            ValueError: The state has other layers, another maximum rank or another contribution; the message lists
+                everything that differs, and nothing has changed.
+        """
+        require_matching_allocator_state(state, self.state_dict(), self.settings.contribution)
+        device = self._projections[0].lora_A.device
+        self.steps = state["steps"]
+        self.ranks, self.budget, self.skipped, self._value = (
+            state[key].to(device, copy=True) for key in ("ranks", "budget", "skipped", "value")
+        )
+        if self._fisher is not None:
+            self._fisher = state["fisher"].to(device, copy=True)
+            self._observed = True
+        self._follow_device()
+        self._write()
+
+    def _compute_contributions(self, norms: Tensor, truncated: Tensor) -> Tensor:
+        if self._fisher is not None:
+            norms = functional.norms_by_rank(self._fisher)
+            truncated = functional.truncated_norms(norms, self.ranks)
+        if self.settings.fidelity:
+            fidelity = functional.fidelities(truncated, norms[..., -1])
+        else:
+            fidelity = torch.ones_like(truncated)
+        contribution = functional.contributions(truncated, fidelity)
+        if self.settings.contribution_scale == "relative":
+            return functional.relative_contributions(contribution, self._norms.matrices)
+        return contribution
+
+    def _bind(self) -> None:
+        """Make the layers' buffers views of two tensors, so that one operation writes the ranks of all layers."""
+        device = self._projections[0].lora_A.device
+        self._all_ranks = torch.empty(len(self._projections), dtype=torch.long, device=device)
+        self._all_masks = torch.empty(len(self._projections), self.max_rank, dtype=torch.bool, device=device)
+        self._bound = list(zip(self._all_ranks, self._all_masks, strict=True))
+        for layer, (rank, rank_mask) in zip(self._projections, self._bound, strict=True):
+            layer.rank, layer.rank_mask = rank, rank_mask
+
+    def _follow_device(self) -> None:
+        """Bind the buffers again if the model was moved or its buffers were replaced."""
+        if all(
+            layer._buffers["rank"] is rank and layer._buffers["rank_mask"] is mask
+            for layer, (rank, mask) in zip(self._projections, self._bound, strict=True)
+        ):
+            return
+        if any(layer.max_rank != self.max_rank for layer in self._projections):
+            raise RuntimeError("Expected the model to be as it was but it was trimmed; its ranks are final.")
+        device = self._projections[0].lora_A.device
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        self._norms.to(device)
+        self._bind()
+        self._write()
+
+    def _write(self) -> None:
+        """Write the ranks of all layers and their masks."""
+        torch.index_select(self.ranks, 0, self._layer_of, out=self._all_ranks)
+        torch.lt(self._components, self._all_ranks[:, None], out=self._all_masks)

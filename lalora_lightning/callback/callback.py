@@ -1,0 +1,430 @@
+"""LaLoraCallback: says when the rank allocator acts, logs its ranks and keeps its state in checkpoints."""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lalora_lightning import log_keys
+from lalora_lightning.adapters import (
+    AdapterSettings,
+    add_lora,
+    find_targets,
+    linear_layers_seen,
+    lora_layers,
+    named_modules,
+    require_unmerged,
+    summarize,
+)
+from lalora_lightning.allocator import AllocationSettings, Contribution, ContributionScale, Growth, RankAllocator
+from lalora_lightning.callback import compatibility, loggers
+from lalora_lightning.callback.checkpoint_hooks import AdapterCheckpoints
+from lalora_lightning.callback.checks import require_optimized
+from lalora_lightning.callback.history import Reading, record_reading
+from lalora_lightning.callback.state import random_state, require_callback_state, set_random_state
+from lalora_lightning.initialization import Init
+from lalora_lightning.layers import TruncatedLoRALinear
+from lalora_lightning.memory import reset_peak_memory
+from lalora_lightning.names import GroupBy
+from lalora_lightning.rank_report import print_rank_report
+from lalora_lightning.sharding import gathered
+from lalora_lightning.sparsity import layer_sparsity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["LaLoraCallback"]
+
+
+class LaLoraCallback(AdapterCheckpoints):
+    """Layer-wise adaptive low-rank fine-tuning of any LightningModule: ``Trainer(callbacks=[LaLoraCallback()])``.
+
+    La-LoRA (Gu et al., Neural Networks 194, 2025, 108095). At ``setup`` the query and value projections get low-rank
+    adapters, the backbone is frozen and the task head stays trainable, unless the module was adapted with
+    :func:`lalora_lightning.add_lora` before. After every optimizer step, not after every batch, a
+    :class:`RankAllocator` decides the rank of every layer.
+
+    At the Trainer's logging steps ``rank/<layer>``, ``rank/total`` and ``rank/budget`` are logged to all its loggers,
+    and the total to the progress bar. Only then are numbers read from the device. The settings are logged as
+    hyperparameters ``lalora/...``, and after fit ``fit/seconds`` and ``fit/peak_memory_mib``. TensorBoard loggers also
+    get charts of all layers at once (custom scalars) and a figure of the trajectories. A table of the ranks is printed
+    after fit, unless the Trainer has ``enable_model_summary=False``.
+
+    A LightningModule that builds its model in ``setup`` or ``configure_model`` has to call ``add_lora`` itself, there.
+    With manual optimization the allocator acts once for each batch that stepped an optimizer. Callbacks that average
+    weights have to come after this one and need ``use_buffers=False``, since ranks have no average.
+
+    Args:
+        rank: Maximum rank of a projection.
+        alpha: The adapters are scaled by ``alpha / rank``.
+        dropout: Dropout on the adapters' input.
+        target_modules: Names or a regular expression, see :func:`lalora_lightning.add_lora`; by default query and
+            value.
+        modules_to_save: Names of the modules trained in full; by default the task head.
+        gamma: How strongly growth of the adapters grows the budget. With 8 the budget is full when they have grown by
+            ``rank ** (1 / 8)``. The arguments from here to ``freeze_after`` are explained at :class:`RankAllocator`.
+        contribution: What a layer's share follows: "norm", or "fisher" (averaged squared gradients).
+        contribution_scale: "relative", or "absolute" as in the published equations, where one layer takes everything.
+        temperature: Above 1 makes the layers' shares more equal, below 1 less.
+        growth: "matched", or "stored" as in the published equations, where the budget can oscillate.
+        gradual_budget: False gives the whole budget from the first step.
+        fidelity: False leaves out the share of the norm that truncation keeps.
+        average_rank: The budget ends at this many ranks per layer; by default at the maximum rank.
+        group_by: Projections that share a rank: "block", "parent" (an attention), "module", or a function from a
+            projection's name to its layer's name.
+        interval: Optimizer steps between decisions.
+        freeze_after: Optimizer steps (an integer) or a fraction of the run (a float in [0, 1]) after which the ranks
+            do not change any more.
+        save_adapter_only: Keep the frozen backbone out of the Trainer's checkpoints. Checkpoints of a model with 4-bit
+            layers never hold it.
+        log_sparsity: Also log ``sparsity/<layer>`` (Eq. 1), which multiplies out every increment at every logging step.
+        init: Initialization of the adapters, see :func:`lalora_lightning.add_lora`.
+        use_rslora: Scale by ``alpha / sqrt(rank)``.
+        freeze_A: Train ``lora_B`` only (LoRA-FA).
+        fixed_ranks: True trains every layer at the maximum rank (LoRA). A pattern such as ``{"layer.3": 2}`` trains at
+            these ranks, see ``rank_pattern`` of :func:`lalora_lightning.add_lora`. Ranks are then neither decided nor
+            logged.
+
+    Attributes:
+        adapter_settings: The arguments that :func:`lalora_lightning.add_lora` gets.
+        allocation_settings: The arguments that the :class:`RankAllocator` gets.
+        allocator: The :class:`RankAllocator`, from the start of fit on.
+        history: ``(step, ranks, budget)`` at each logging step.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        target_modules: Sequence[str] | str | None = None,
+        modules_to_save: Sequence[str] | None = None,
+        gamma: float = 8.0,
+        contribution: Contribution = "norm",
+        contribution_scale: ContributionScale = "relative",
+        temperature: float = 1.0,
+        growth: Growth = "matched",
+        gradual_budget: bool = True,
+        fidelity: bool = True,
+        average_rank: float | None = None,
+        group_by: GroupBy = "block",
+        interval: int = 1,
+        freeze_after: int | float | None = None,
+        save_adapter_only: bool = False,
+        log_sparsity: bool = False,
+        init: Init = "kaiming",
+        use_rslora: bool = False,
+        freeze_A: bool = False,
+        fixed_ranks: bool | Mapping[str, int] = False,
+    ) -> None:
+        super().__init__(save_adapter_only)
+        self.adapter_settings = AdapterSettings(
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            target_modules=target_modules,
+            modules_to_save=modules_to_save,
+            rank_pattern=fixed_ranks if isinstance(fixed_ranks, Mapping) else None,
+            init=init,
+            use_rslora=use_rslora,
+            freeze_A=freeze_A,
+        )
+        self.allocation_settings = AllocationSettings(
+            gamma=gamma,
+            contribution=contribution,
+            contribution_scale=contribution_scale,
+            temperature=temperature,
+            growth=growth,
+            gradual_budget=gradual_budget,
+            fidelity=fidelity,
+            average_rank=average_rank,
+            group_by=group_by,
+            interval=interval,
+            freeze_after=freeze_after,
+        )
+        if isinstance(freeze_after, float) and freeze_after > 1:
+            raise ValueError(
+                f"Expected freeze_after to be a number of steps (an integer) or a fraction in [0, 1] but got "
+                f"{freeze_after}."
+            )
+        self.log_sparsity = log_sparsity
+        self.fixed_ranks = fixed_ranks
+
+        self.allocator: RankAllocator | None = None
+        self.history: list[Reading] = []
+        self._module: pl.LightningModule | None = None
+        # Whether the module was adapted here, with our settings.
+        self._adapted_here = False
+        self._started = 0.0
+        # The Trainer's step that was acted on last; None before a run.
+        self._last_step: int | None = None
+        # Steps with weights that were not finite, as far as they have been reported.
+        self._skipped = 0
+        # What was loaded before fit has built the allocator.
+        self._restored: dict[str, Any] | None = None
+        self._random: dict[str, Tensor] | None = None
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Insert the layers, early enough for the optimizer and for weights that are restored."""
+        if self._module is not None and self._module is not pl_module:
+            self._forget()
+        if self._module is not pl_module and isinstance(self.fixed_ranks, Mapping) and lora_layers(pl_module):
+            raise ValueError(
+                "Expected a module without LoRA layers, to adapt at the ranks of fixed_ranks, but it has some; give "
+                "the pattern to add_lora as rank_pattern, and fixed_ranks=True."
+            )
+        self._module = pl_module
+        if not lora_layers(pl_module) and not self._is_built_later(pl_module):
+            compatibility.require_training_in_this_process(trainer)
+            compatibility.require_averaging_after(trainer, self)
+            add_lora(pl_module, **vars(self.adapter_settings))
+            self._adapted_here = True
+            rank_zero_info(f"La-LoRA: {summarize(pl_module, self.allocation_settings.group_by)}")
+        self.attach_hooks(trainer, pl_module)
+        if stage == "fit":
+            compatibility.require_compatible_averages(compatibility.callbacks_of(trainer), self.save_adapter_only)
+            loggers.log_settings(trainer, self._settings_of(pl_module))
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the adapters, build the allocator, and restore a checkpoint's state and random state."""
+        layers = lora_layers(pl_module)
+        if not layers:
+            raise RuntimeError(
+                "Expected the LightningModule to have LoRA layers when fit starts but it has none. A module that "
+                "builds its model in setup() or configure_model() has to call add_lora(self) at the end of it, with "
+                f"target_modules where the usual names do not fit. {linear_layers_seen(named_modules(pl_module))}"
+            )
+        require_unmerged(layers)
+        require_optimized(trainer, pl_module)
+        if self.allocator is not None and not self.allocator.drives(pl_module):
+            self._forget()
+        if self.fixed_ranks is not False:
+            if trainer.ckpt_path is None:
+                for layer in layers.values():
+                    layer.set_rank(layer.max_rank)
+        elif self.allocator is None:
+            if trainer.ckpt_path is None and self._restored is None and any(map(_was_trained, layers.values())):
+                rank_zero_warn(
+                    "La-LoRA: the adapters have been trained already, and their ranks start anew; resume with "
+                    "fit(ckpt_path=...) to continue with the ranks of a run, or keep them with fixed_ranks."
+                )
+            self.allocator = self._build_allocator(trainer, pl_module)
+        if self._restored is not None:
+            self._restore(self._restored)
+        if trainer.ckpt_path is None:
+            # If anything was restored, it was for a test.
+            self._last_step = self._random = None
+        if self._random is not None and trainer.world_size == 1:
+            # This is the last hook before Lightning draws the order of the first epoch's rows. With several processes
+            # all would get the state of the first one.
+            set_random_state(self._random)
+        self._random = None
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Catch up on a step that was saved before this callback's turn, and take the first reading."""
+        resumed = trainer.ckpt_path is not None and trainer.global_step > 0
+        if self.allocator is not None and self._last_step is None and resumed:
+            raise ValueError(
+                f"Expected {trainer.ckpt_path} to be of a run with LaLoraCallback but it has none of its state; resume "
+                "from another one, or load_lora_state_dict(module, path) and fit without ckpt_path."
+            )
+        if self.allocator is not None and self._last_step is not None and self._last_step < trainer.global_step:
+            # The checkpoint was saved after an optimizer step and before this callback's turn.
+            self.allocator.step()
+        # Another Trainer counts its steps from zero again.
+        self._last_step = trainer.global_step
+        self._started = time.monotonic()
+        reset_peak_memory(pl_module.device)
+        if self.allocator is not None:
+            self._read(trainer)
+            loggers.log_layout(trainer)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Show the allocator the gradients, before they are clipped."""
+        if self.allocator is not None:
+            self.allocator.observe_gradients()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Decide the ranks if the batch stepped an optimizer, and log them at logging steps.
+
+        This hook runs after every batch, also while gradients accumulate and when ``training_step`` returned None.
+        """
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        if self.allocator is None:
+            return
+        self.allocator.step()
+        if compatibility.is_logging_step(trainer):
+            metrics = self._metrics(trainer, pl_module)
+            loggers.log_metrics(trainer, metrics, compatibility.completed_steps(trainer))
+            # A tensor on the CPU, so that the progress bar does not read from the device at every refresh.
+            total = torch.tensor(metrics[log_keys.RANK_TOTAL])
+            pl_module.log(log_keys.RANK_TOTAL, total, prog_bar=True, logger=False, on_step=True)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the costs and the final ranks, draw the trajectories and print the rank report."""
+        metrics = loggers.costs(pl_module, time.monotonic() - self._started)
+        if self.allocator is not None and self.history[-1][0] != trainer.global_step:
+            metrics |= self._metrics(trainer, pl_module)
+        loggers.log_metrics(trainer, metrics, compatibility.completed_steps(trainer) - 1)
+        if self.allocator is None or not trainer.is_global_zero:
+            return
+        loggers.log_results(trainer)
+        if find_spec("matplotlib") is not None:
+            for logger in compatibility.tensorboard_loggers(trainer):
+                logger.experiment.add_figure(log_keys.RANK_TRAJECTORIES, self.plot(), trainer.global_step)
+        if compatibility.has_model_summary(trainer):
+            print_rank_report(self.allocator, pl_module)
+
+    def plot(self) -> "Figure":
+        """Return the rank trajectories so far as a figure, see :func:`lalora_lightning.plotting.plot_rank_trajectories`.
+
+        Raises:
+            RuntimeError: Fit has not started, or the ranks are fixed.
+        """
+        from lalora_lightning.plotting import plot_rank_trajectories
+        from lalora_lightning.runs import Run
+
+        if self.allocator is None or not self.history:
+            raise RuntimeError("Expected a run to plot but fit has not started, or its ranks are fixed.")
+        steps, ranks, budgets = zip(*self.history, strict=True)
+        return plot_rank_trajectories(Run(self.allocator.layer_names, self.allocator.max_rank, steps, ranks, budgets))
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the allocator's state, the history, the last step and torch's random state."""
+        if not self._has_state:
+            return self._restored or {}
+        return {
+            "allocator": None if self.allocator is None else self.allocator.state_dict(),
+            "last_step": self._last_step,
+            "history": [[step, ranks, budget] for step, ranks, budget in self.history],
+            "random": random_state(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state, now or as soon as fit has built the allocator.
+
+        Raises:
+            ValueError: It is not a state of this callback, or of a run with other layers or settings.
+        """
+        if self._has_state:
+            self._restore(state_dict)
+        else:
+            self._restored = state_dict or None
+
+    @property
+    def _has_state(self) -> bool:
+        """Whether fit has begun."""
+        return self.allocator is not None or self._last_step is not None
+
+    def _forget(self) -> None:
+        """Drop what was kept of a run with other layers."""
+        self.allocator, self.history, self._skipped = None, [], 0
+        self._last_step = self._restored = self._random = None
+        self._adapted_here = False
+
+    def _is_built_later(self, pl_module: pl.LightningModule) -> bool:
+        """Return whether the module may build its model after the callback's setup, and adapt it itself."""
+        try:
+            find_targets(named_modules(pl_module), self.adapter_settings.target_modules)
+        except ValueError:
+            return is_overridden("configure_model", pl_module) or is_overridden("setup", pl_module)
+        return False
+
+    def _settings_of(self, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Return what to log as hyperparameters: of a module that adapted itself, only what its layers show."""
+        settings = {
+            **(vars(self.adapter_settings) if self._adapted_here else {}),
+            **vars(self.allocation_settings),
+            "save_adapter_only": self.save_adapter_only,
+            "log_sparsity": self.log_sparsity,
+            "fixed_ranks": self.fixed_ranks,
+            **loggers.describe_adapters(pl_module, self.allocation_settings.group_by),
+        }
+        # The scaling and fixed_ranks tell these.
+        return {key: value for key, value in settings.items() if key not in ("alpha", "rank_pattern")}
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        require_callback_state(state_dict)
+        if (state_dict["allocator"] is None) != (self.allocator is None):
+            kinds = ("adaptive", "fixed") if self.allocator is not None else ("fixed", "adaptive")
+            raise ValueError(
+                f"Expected the state of a run with {kinds[0]} ranks but got one with {kinds[1]} ranks; set fixed_ranks "
+                "as in that run."
+            )
+        if self.allocator is not None:
+            self.allocator.load_state_dict(state_dict["allocator"])
+            self._skipped = int(self.allocator.skipped)
+        self.history = [(step, list(ranks), budget) for step, ranks, budget in state_dict["history"]]
+        self._restored = None
+        self._last_step = state_dict["last_step"]
+        self._random = state_dict["random"]
+
+    def _build_allocator(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RankAllocator:
+        settings = self.allocation_settings
+        if isinstance(settings.freeze_after, float):
+            steps = trainer.estimated_stepping_batches
+            if steps == float("inf"):
+                raise ValueError(
+                    f"Expected a run of known length for freeze_after={settings.freeze_after} but it has none; set "
+                    "max_steps or max_epochs, or give freeze_after as a number of steps."
+                )
+            settings = dataclasses.replace(settings, freeze_after=int(settings.freeze_after * steps))
+        return RankAllocator(pl_module, **vars(settings))
+
+    def _read(self, trainer: pl.Trainer) -> tuple[list[int], float]:
+        """Copy ranks, budget and the count of skipped steps from the device at once, and record them."""
+        allocator = self.allocator
+        assert allocator is not None
+        *read, budget, skipped = torch.cat(
+            [allocator.ranks.float(), allocator.budget.float().view(1), allocator.skipped.float().view(1)]
+        ).tolist()
+        ranks = [int(rank) for rank in read]
+        if skipped > self._skipped:
+            rank_zero_warn(
+                f"La-LoRA: {int(skipped) - self._skipped} optimizer steps since the last report left weights that are "
+                "NaN or Inf; ranks and budget stayed as they were."
+            )
+            self._skipped = int(skipped)
+        record_reading(self.history, trainer.global_step, ranks, budget)
+        return ranks, budget
+
+    def _metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """Read the ranks, the budget and, if asked for, the sparsities, by the keys they are logged under."""
+        assert self.allocator is not None
+        names = self.allocator.layer_names
+        metrics = log_keys.rank_metrics(names, *self._read(trainer))
+        if self.log_sparsity:
+            sparsity = layer_sparsity(pl_module, self.allocation_settings.group_by).tolist()
+            metrics |= {log_keys.sparsity_key(name): share for name, share in zip(names, sparsity, strict=True)}
+        return metrics
+
+
+def _was_trained(layer: TruncatedLoRALinear) -> bool:
+    """Return whether the adapter changes anything yet."""
+    return bool((gathered(layer.lora_B) != (0 if layer.start_B is None else layer.start_B)).any())

@@ -1,0 +1,102 @@
+"""AdapterCheckpoints: lets a Trainer's checkpoints hold adapters only, and checks them when they are loaded.
+
+This file is the only one that changes a user's LightningModule beside inserting layers. Its hooks have to be the
+module's own: a callback's hooks are not called with ``save_weights_only`` or by ``trainer.test``, and come before those
+of other callbacks. They stay on the module after fit, since ``trainer.save_checkpoint`` is often called then, and do
+nothing to a module without LoRA layers.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+
+from lalora_lightning.adapters import lora_layers
+from lalora_lightning.callback.compatibility import (
+    attached_trainer,
+    callbacks_of,
+    has_load_hook,
+    require_one_file_checkpoints,
+)
+from lalora_lightning.files import require_intact_file
+from lalora_lightning.layers import is_4bit
+from lalora_lightning.names import state_name
+from lalora_lightning.saving import frozen_names, require_matching_state, without_frozen
+
+__all__ = ["AdapterCheckpoints"]
+
+_Hook = Callable[[dict[str, Any]], None]
+
+
+class AdapterCheckpoints(pl.Callback):
+    """The part of :class:`LaLoraCallback` that deals with the weights in checkpoints.
+
+    Args:
+        save_adapter_only: Keep the frozen backbone out of the Trainer's checkpoints. A module with 4-bit layers always
+            does, since bitsandbytes cannot load what it writes of them.
+    """
+
+    def __init__(self, save_adapter_only: bool) -> None:
+        self.save_adapter_only = save_adapter_only
+        # The module's own setting, while another one is set.
+        self._strict_loading: bool | None = None
+
+    def attach_hooks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach the hooks to a module, once.
+
+        Raises:
+            ValueError: The strategy writes distributed checkpoints, which cannot hold adapters only.
+        """
+        if not has_load_hook(pl_module, _accept_adapter_only):
+            pl_module.register_load_state_dict_post_hook(_accept_adapter_only)
+            for name, hook in (("on_save_checkpoint", _on_save), ("on_load_checkpoint", _on_load)):
+                setattr(pl_module, name, functools.partial(hook, pl_module, getattr(pl_module, name)))
+        if self.save_adapter_only and require_one_file_checkpoints(trainer):
+            # The strategy itself would require every key, before the module is asked which ones may be missing. They
+            # are checked later.
+            self._strict_loading = pl_module.strict_loading
+            pl_module.strict_loading = False
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Restore the module's ``strict_loading``."""
+        if self._strict_loading is not None:
+            pl_module.strict_loading = self._strict_loading
+            self._strict_loading = None
+
+
+def _on_save(pl_module: pl.LightningModule, own_hook: _Hook, checkpoint: dict[str, Any]) -> None:
+    """Remove frozen parameters from a checkpoint if they are not wanted in it."""
+    own_hook(checkpoint)
+    trainer = attached_trainer(pl_module)
+    callbacks = callbacks_of(trainer) if trainer is not None else []
+    adapter_only = any(isinstance(c, AdapterCheckpoints) and c.save_adapter_only for c in callbacks)
+    if lora_layers(pl_module) and (adapter_only or any(map(is_4bit, pl_module.modules()))):
+        checkpoint["state_dict"] = without_frozen(pl_module, checkpoint["state_dict"])
+
+
+def _on_load(pl_module: pl.LightningModule, own_hook: _Hook, checkpoint: dict[str, Any]) -> None:
+    """Check the file of a checkpoint and, where the strategy does not, its keys."""
+    trainer = attached_trainer(pl_module)
+    if trainer is not None and trainer.ckpt_path is not None and lora_layers(pl_module):
+        require_intact_file(trainer.ckpt_path)
+        if isinstance(trainer.strategy, ModelParallelStrategy) and Path(trainer.ckpt_path).is_file():
+            # This strategy loads the parameters that it finds and compares nothing.
+            require_matching_state(
+                pl_module, torch.load(trainer.ckpt_path, mmap=True, map_location="cpu")["state_dict"]
+            )
+    own_hook(checkpoint)
+
+
+def _accept_adapter_only(module: nn.Module, incompatible_keys: Any) -> None:
+    """Accept a state without any frozen parameter, which is adapter-only; a state with some of them is incomplete."""
+    if not lora_layers(module):
+        return
+    frozen = frozen_names(module)
+    missing = incompatible_keys.missing_keys
+    if frozen <= set(map(state_name, missing)):
+        missing[:] = [key for key in missing if state_name(key) not in frozen]

@@ -1,0 +1,159 @@
+"""What depends on how Lightning works inside: its private names, and the strategies and callbacks that are refused.
+
+Everything that a new release of Lightning may break is in this file.
+"""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.logger import _flatten_dict, _sanitize_params
+from lightning.pytorch.callbacks import ModelSummary, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch import nn
+
+__all__ = [
+    "attached_trainer",
+    "callbacks_of",
+    "completed_steps",
+    "has_load_hook",
+    "has_model_summary",
+    "is_logging_step",
+    "leave_out_placeholder_metric",
+    "require_averaging_after",
+    "require_compatible_averages",
+    "require_one_file_checkpoints",
+    "require_training_in_this_process",
+    "tensorboard_loggers",
+    "write_hyperparameters",
+]
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Return the Trainer's callbacks."""
+    return trainer.callbacks  # type: ignore[attr-defined]
+
+
+def attached_trainer(pl_module: pl.LightningModule) -> pl.Trainer | None:
+    """Return the module's Trainer, or None where ``pl_module.trainer`` would raise an error."""
+    return pl_module._trainer
+
+
+def completed_steps(trainer: pl.Trainer) -> int:
+    """Return the step count that Lightning logs by, which counts batches that stepped an optimizer, not optimizers."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def is_logging_step(trainer: pl.Trainer) -> bool:
+    """Return whether Lightning logs after the present batch."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(every) and (completed_steps(trainer) + 1) % every == 0
+
+
+def has_model_summary(trainer: pl.Trainer) -> bool:
+    """Return whether the Trainer prints a summary of the model."""
+    return any(isinstance(callback, ModelSummary) for callback in callbacks_of(trainer))
+
+
+def has_load_hook(module: nn.Module, hook: Any) -> bool:
+    """Return whether a hook that runs after loading a state dict is registered already."""
+    return hook in module._load_state_dict_post_hooks.values()
+
+
+def require_training_in_this_process(trainer: pl.Trainer) -> None:
+    """Check that the strategy trains the module itself and not copies of it in other processes.
+
+    Raises:
+        ValueError: It trains copies (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``).
+    """
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            "Expected a module that is adapted already, since this strategy trains copies of it in other processes "
+            "and returns only their weights; call add_lora(module) before fit."
+        )
+
+
+def require_averaging_after(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Check that callbacks that copy the model come after the callback that adapts it.
+
+    Raises:
+        ValueError: A callback that averages weights comes before.
+    """
+    callbacks = callbacks_of(trainer)
+    for other in callbacks[: callbacks.index(callback)]:
+        if isinstance(other, WeightAveraging | StochasticWeightAveraging):
+            raise ValueError(
+                f"Expected {type(other).__name__}, which copies the model, to come after LaLoraCallback, which "
+                "adapts it, but it comes before; change their order in callbacks."
+            )
+
+
+def require_compatible_averages(callbacks: Sequence[pl.Callback], save_adapter_only: bool) -> None:
+    """Check that no ``WeightAveraging`` callback averages buffers, which hold the ranks, or needs whole checkpoints.
+
+    Raises:
+        ValueError: One has ``use_buffers=True``, or would have to resume from adapters only.
+    """
+    for callback in callbacks:
+        if not isinstance(callback, WeightAveraging):
+            continue
+        if callback._use_buffers:
+            raise ValueError(
+                f"Expected {type(callback).__name__} to leave buffers alone, since ranks have no average, but it "
+                "has use_buffers=True; give it use_buffers=False."
+            )
+        if save_adapter_only:
+            raise ValueError(
+                f"Expected save_adapter_only=False with {type(callback).__name__}, which resumes from whole models "
+                "only, but got True."
+            )
+
+
+def require_one_file_checkpoints(trainer: pl.Trainer) -> bool:
+    """Return whether the strategy shards parameters, after checking that it writes one file for each checkpoint.
+
+    Raises:
+        ValueError: It writes a file for each process, which are only loaded together as a whole.
+    """
+    if not isinstance(trainer.strategy, ModelParallelStrategy):
+        return False
+    if trainer.strategy._save_distributed_checkpoint:
+        raise ValueError(
+            "Expected one file for each checkpoint with save_adapter_only=True, since distributed checkpoints are "
+            "loaded as a whole only; give ModelParallelStrategy save_distributed_checkpoint=False."
+        )
+    return True
+
+
+def tensorboard_loggers(trainer: pl.Trainer) -> list[TensorBoardLogger]:
+    """Return the TensorBoard loggers, on the process that writes."""
+    if not trainer.is_global_zero:
+        return []
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def leave_out_placeholder_metric(logger: Any) -> None:
+    """Keep a TensorBoard logger from logging ``hp_metric`` with the hyperparameters.
+
+    TensorBoard keeps the first thing that a run says about its hyperparameters. Lightning would say before training
+    that the only result is a placeholder; :func:`write_hyperparameters` names the results after training.
+    """
+    if isinstance(logger, TensorBoardLogger):
+        logger._default_hp_metric = False
+
+
+def write_hyperparameters(logger: TensorBoardLogger, metrics: Sequence[str]) -> None:
+    """Write the run's hyperparameters and the names of the scalars that are its results.
+
+    Does nothing if Lightning writes with tensorboardX, because tensorboard is not installed.
+    """
+    if find_spec("tensorboard") is None:
+        return
+    from torch.utils.tensorboard.summary import hparams
+
+    settings = _sanitize_params(_flatten_dict(dict(logger.hparams)))
+    for summary in hparams(settings, dict.fromkeys(metrics)):
+        logger.experiment._get_file_writer().add_summary(summary)

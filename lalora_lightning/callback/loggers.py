@@ -1,0 +1,81 @@
+"""What a run gives to its loggers: settings, costs, and the layout of TensorBoard's dashboards."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lalora_lightning import log_keys
+from lalora_lightning.adapters import lora_layers, summarize
+from lalora_lightning.callback.compatibility import (
+    leave_out_placeholder_metric,
+    tensorboard_loggers,
+    write_hyperparameters,
+)
+from lalora_lightning.memory import peak_memory_mib
+from lalora_lightning.names import GroupBy
+
+__all__ = ["costs", "describe_adapters", "log_layout", "log_metrics", "log_results", "log_settings"]
+
+
+def log_metrics(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
+    """Give metrics to all loggers."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=step)
+
+
+def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
+    """Give settings to all loggers as hyperparameters ``lalora/...``; functions are logged by their name."""
+    named = {key: getattr(value, "__qualname__", value) for key, value in settings.items()}
+    for logger in trainer.loggers:
+        leave_out_placeholder_metric(logger)
+        logger.log_hyperparams({log_keys.SETTINGS_PREFIX: named})
+
+
+def describe_adapters(pl_module: pl.LightningModule, group_by: GroupBy) -> dict[str, Any]:
+    """Return the settings and parameter counts that an adapted module itself shows; nothing if it is not adapted."""
+    layers = lora_layers(pl_module)
+    if not layers:
+        return {}
+    layer = next(iter(layers.values()))
+    counts = summarize(pl_module, group_by)
+    return {
+        "rank": layer.max_rank,
+        "scaling": layer.scaling,
+        "dropout": layer.dropout,
+        "freeze_A": not layer.lora_A.requires_grad,
+        "adapter_parameters": counts.adapter_parameters,
+        "head_parameters": counts.head_parameters,
+        "total_parameters": counts.total_parameters,
+    }
+
+
+def log_layout(trainer: pl.Trainer) -> None:
+    """Lay out TensorBoard's custom scalars: a chart of the ranks of all layers, of the budget, and of the sparsities.
+
+    The charts group scalars that are logged in any case.
+    """
+    total, budget = (key.removeprefix(log_keys.RANK_PREFIX) for key in (log_keys.RANK_TOTAL, log_keys.RANK_BUDGET))
+    charts = {
+        "rank of each layer": ["Multiline", [f"{log_keys.RANK_PREFIX}(?!{total}$|{budget}$)"]],
+        "total rank and budget": ["Multiline", [f"{log_keys.RANK_PREFIX}({total}|{budget})$"]],
+        "sparsity of each layer": ["Multiline", [log_keys.SPARSITY_PREFIX]],
+    }
+    for logger in tensorboard_loggers(trainer):
+        logger.experiment.add_custom_scalars({"La-LoRA": charts})
+
+
+def log_results(trainer: pl.Trainer) -> None:
+    """Write the run into TensorBoard's table of hyperparameters.
+
+    Its results are what the module logged, the total rank and the budget.
+    """
+    metrics = [*(key for key in trainer.logged_metrics if key != "epoch"), log_keys.RANK_TOTAL, log_keys.RANK_BUDGET]
+    for logger in tensorboard_loggers(trainer):
+        write_hyperparameters(logger, metrics)
+
+
+def costs(pl_module: pl.LightningModule, seconds: float) -> dict[str, float]:
+    """Return the duration of training and its peak memory, where it can be measured, by their keys."""
+    peak = peak_memory_mib(pl_module.device)
+    return {log_keys.SECONDS: seconds} | ({} if peak is None else {log_keys.PEAK_MEMORY: peak})

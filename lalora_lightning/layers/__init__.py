@@ -1,0 +1,32 @@
+"""The low-rank layer, its arithmetic, and the kinds of linear layers it can wrap."""
+
+from lalora_lightning.layers.linear_kinds import (
+    is_4bit,
+    is_conv1d,
+    is_linear,
+    is_quantized,
+    linear_parameter,
+    linear_shape,
+    linear_weight,
+    num_entries,
+)
+from lalora_lightning.layers.multihead_attention import IN_PROJ, in_proj_of, set_in_proj
+from lalora_lightning.layers.settings import lora_scaling, require_adapter_settings
+from lalora_lightning.layers.truncated_linear import TruncatedLoRALinear
+
+__all__ = [
+    "IN_PROJ",
+    "TruncatedLoRALinear",
+    "in_proj_of",
+    "is_4bit",
+    "is_conv1d",
+    "is_linear",
+    "is_quantized",
+    "linear_parameter",
+    "linear_shape",
+    "linear_weight",
+    "lora_scaling",
+    "num_entries",
+    "require_adapter_settings",
+    "set_in_proj",
+]

@@ -1,0 +1,173 @@
+r"""The arithmetic of the low-rank layer: frozen product and adapter in one node of the graph, forward and backward.
+
+Shapes: ``N`` rows of input, ``d`` input and ``m`` output features, ``S`` adapted slices of the output with ``m_s``
+features each, rank ``r``::
+
+    x (N, d) ----------- W.T (d, m) -------------------------> out (N, m)
+        \                                                       ^ += scaling * hidden_s B_s.T, per slice s
+         `-- A.T (d, S r) --> hidden (N, S r), masked -- B_s.T (r, m_s)
+
+The mask sets the hidden columns beyond the current rank to zero. It is applied to the narrow hidden factor in place, so
+that no masked copy of a weight exists.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["OutSlices", "TruncatedLoRAFunction", "add_adapter", "truncated_lora"]
+
+OutSlices = tuple[tuple[int, int], ...]
+"""``(start, stop)`` ranges of output features, rising and disjoint."""
+
+
+def truncated_lora(
+    x: Tensor,
+    lora_x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    rank_mask: Tensor,
+    scaling: float,
+    out_slices: OutSlices,
+) -> tuple[Tensor, Tensor]:
+    """Compute ``x W.T + b + scaling * mask(lora_x A.T) B.T`` without recording a graph.
+
+    Args:
+        x: ``(N, d)`` input.
+        lora_x: ``(N, d)`` input of the adapter where it differs, as it does with dropout.
+        weight: ``(m, d)``.
+        bias: ``(m,)``.
+        A: ``(S r, d)``.
+        B: ``(sum of m_s, r)``.
+        rank_mask: ``(r,)`` bool, True for the components of the current rank.
+        scaling: Factor of the adapter.
+        out_slices: The adapted ranges of output features.
+
+    Returns:
+        The output ``(N, m)`` and the masked hidden factor ``(N, S r)``.
+    """
+    out = F.linear(x, weight, bias)
+    hidden = _mask((x if lora_x is None else lora_x) @ A.T, rank_mask)
+    for (out_s, B_s), hidden_s in zip(_by_slice(out, B, out_slices), _columns(hidden, out_slices), strict=True):
+        # Accumulates onto the base output: no temporary of its size.
+        out_s.addmm_(hidden_s, B_s.T, alpha=scaling)
+    return out, hidden
+
+
+def add_adapter(
+    out: Tensor, lora_x: Tensor, A: Tensor, B: Tensor, rank_mask: Tensor, scaling: float, out_slices: OutSlices
+) -> Tensor:
+    """Compute ``out + scaling * mask(lora_x A.T) B.T`` in plain autograd; arguments as in :func:`truncated_lora`."""
+    hidden = (lora_x @ A.T.to(lora_x.dtype)) * rank_mask.repeat(len(out_slices))
+    slices = zip(out_slices, _columns(hidden, out_slices), _rows(B.to(lora_x.dtype), out_slices), strict=True)
+    for (start, stop), hidden_s, B_s in slices:
+        out = out + F.pad(scaling * hidden_s @ B_s.T, (start, out.shape[1] - stop))
+    return out
+
+
+class TruncatedLoRAFunction(torch.autograd.Function):
+    """:func:`truncated_lora` as one node of the graph.
+
+    Autograd over the separate operations would add temporaries of the size of the output and the input. In one node,
+    the adapter's part of the input gradient accumulates onto the base layer's part.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_x: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        rank_mask: Tensor,
+        scaling: float,
+        out_slices: OutSlices,
+    ) -> Tensor:
+        """Compute the output and keep what the needed gradients require."""
+        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        out, hidden = truncated_lora(x, lora_x, weight, bias, A, B, rank_mask, scaling, out_slices)
+        need_x, need_lora_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
+        ctx.save_for_backward(
+            x if need_weight or (need_A and lora_x is None) else None,
+            lora_x if need_A else None,
+            weight if need_x else None,
+            A if need_x or need_lora_x else None,
+            B,
+            hidden if need_B else None,
+            rank_mask,
+        )
+        ctx.scaling, ctx.out_slices, ctx.has_lora_x = scaling, out_slices, lora_x is not None
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the gradients that are needed from ``g``, the gradient of the output ``(N, m)``."""
+        x, lora_x, weight, A, B, hidden, rank_mask = ctx.saved_tensors
+        need_x, need_lora_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
+        scaling = ctx.scaling
+        grad_x = grad_lora_x = grad_weight = grad_bias = grad_A = grad_B = None
+
+        slices = _by_slice(g, B, ctx.out_slices)
+        # addmm with beta=0 is a scaled matrix product in one kernel, which does not read its first argument.
+        unread = B[0, 0]
+        if need_B:
+            hiddens = _columns(hidden, ctx.out_slices)
+            grad_B = _join(
+                [
+                    torch.addmm(unread, g_s.T, hidden_s, beta=0, alpha=scaling)
+                    for (g_s, _), hidden_s in zip(slices, hiddens, strict=True)
+                ],
+                dim=0,
+            )
+        if need_A or need_x or need_lora_x:
+            grad_hidden = _mask(_join([g_s @ B_s for g_s, B_s in slices], dim=1), rank_mask)
+            if need_A:
+                adapter_input = lora_x if ctx.has_lora_x else x
+                grad_A = torch.addmm(unread, grad_hidden.T, adapter_input, beta=0, alpha=scaling)
+            if need_x:
+                grad_x = g @ weight
+                if not ctx.has_lora_x:
+                    grad_x.addmm_(grad_hidden, A, alpha=scaling)
+            if need_lora_x:
+                grad_lora_x = torch.addmm(unread, grad_hidden, A, beta=0, alpha=scaling)
+        if need_weight:
+            grad_weight = g.T @ x
+        if need_bias:
+            grad_bias = g.sum(0)
+        return grad_x, grad_lora_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
+
+
+def _mask(hidden: Tensor, rank_mask: Tensor) -> Tensor:
+    """Set the columns beyond the current rank to zero in place, in the r columns of each slice."""
+    hidden.view(-1, rank_mask.shape[0]).mul_(rank_mask)
+    return hidden
+
+
+def _by_slice(out: Tensor, B: Tensor, out_slices: OutSlices) -> list[tuple[Tensor, Tensor]]:
+    """Return views of the output's columns ``(N, m_s)`` and of B's rows ``(m_s, r)`` for each slice."""
+    if out_slices == ((0, out.shape[1]),):
+        return [(out, B)]
+    return [(out[:, start:stop], B_s) for (start, stop), B_s in zip(out_slices, _rows(B, out_slices), strict=True)]
+
+
+def _rows(B: Tensor, out_slices: OutSlices) -> Sequence[Tensor]:
+    """Return views of B's rows ``(m_s, r)`` for each slice."""
+    return [B] if len(out_slices) == 1 else B.split([stop - start for start, stop in out_slices])
+
+
+def _columns(hidden: Tensor, out_slices: OutSlices) -> Sequence[Tensor]:
+    """Return views of the hidden factor's columns ``(N, r)`` for each slice."""
+    return [hidden] if len(out_slices) == 1 else hidden.chunk(len(out_slices), dim=1)
+
+
+def _join(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)

@@ -1,0 +1,47 @@
+"""What a layer's state dict is checked for when it is saved and loaded, and what follows from it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["describe_extra_state", "require_unmerged_to_load", "require_unmerged_to_save", "update_mask"]
+
+
+def require_unmerged_to_save(layer: Any, prefix: str, keep_vars: bool) -> None:
+    """Raise a RuntimeError if the layer is merged; a state dict pre-hook."""
+    if layer.merged:
+        raise RuntimeError(
+            f"Expected {prefix.rstrip('.') or 'the layer'} to be unmerged when its state is taken, since loading would "
+            "add the adapter a second time; call unmerge_lora(model) first."
+        )
+
+
+def require_unmerged_to_load(layer: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Raise a RuntimeError if the layer is merged; a pre-hook of loading a state dict."""
+    if layer.merged:
+        raise RuntimeError(
+            f"Expected {prefix.rstrip('.') or 'the layer'} to be unmerged when a state is loaded, since its base "
+            "weight still holds the old adapter; call unmerge_lora(model) first."
+        )
+
+
+def update_mask(layer: Any, incompatible_keys: Any) -> None:
+    """Write the mask of the loaded rank; a post-hook of loading a state dict.
+
+    Raises:
+        ValueError: The loaded rank is not in [1, max_rank].
+    """
+    if not layer.rank.is_meta and not 1 <= layer.rank <= layer.max_rank:
+        raise ValueError(f"Expected the loaded rank to be in [1, {layer.max_rank}] but got {int(layer.rank)}.")
+    rank_mask = torch.arange(layer.max_rank, device=layer.rank.device) < layer.rank
+    if layer.rank_mask.device == rank_mask.device:
+        layer.rank_mask.copy_(rank_mask)
+    else:
+        layer.rank_mask = rank_mask
+
+
+def describe_extra_state(state: Any) -> str:
+    """Return a layer's extra state in words, for an error message."""
+    scaling, *edges = state.tolist() if isinstance(state, Tensor) and state.ndim == 1 and len(state) else [state]
+    return f"scaling {scaling} on output slices {list(zip(edges[::2], edges[1::2], strict=False))}"

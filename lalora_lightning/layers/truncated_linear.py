@@ -1,0 +1,417 @@
+"""TruncatedLoRALinear: a linear layer with a low-rank adapter whose current rank is a mask."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lalora_lightning.initialization import FACTORIZATIONS, Init
+from lalora_lightning.layers import state_hooks
+from lalora_lightning.layers.kernels import TruncatedLoRAFunction, add_adapter, truncated_lora
+from lalora_lightning.layers.linear_kinds import (
+    is_linear,
+    is_quantized,
+    linear_parameter,
+    linear_shape,
+    linear_weight,
+)
+from lalora_lightning.layers.settings import (
+    lora_scaling,
+    require_adapter_settings,
+    require_rank_that_fits,
+    require_slices,
+)
+from lalora_lightning.sharding import gathered
+
+__all__ = ["TruncatedLoRALinear"]
+
+
+class TruncatedLoRALinear(nn.Module):
+    r"""Linear layer with a low-rank adapter of which the first ``rank`` components are used.
+
+    ``h = W_0 x + (alpha / r) * B_r' A_r' x + b`` (La-LoRA, Neural Networks 194, 2025, 108095, Eq. 4), where ``A_r'``
+    and ``B_r'`` are the first ``r'`` rows of ``lora_A`` and columns of ``lora_B``. Both are stored at the maximum rank
+    ``r`` and truncated by a mask on the device: a change of the rank changes no shape, recompiles nothing and does not
+    synchronize. The components beyond ``r'`` keep their values and receive zero gradients. A state dict holds the
+    current rank and, as extra state, the scaling and the slices.
+
+    ``lora_B`` is zero at first, so that a new layer computes exactly what its base layer computes. Where ``init`` makes
+    ``B A`` nonzero, the initial factors are kept and their product is subtracted, ``B A - B_0 A_0``, component by
+    component. The layer then equals its base layer at every rank, up to rounding, and the base weight is not changed.
+    The layer reads the weight of its base layer and does not call its ``forward``, so that forward hooks on it do not
+    run, unless it is quantized.
+
+    A fused projection can be adapted in slices of its output features (``out_slices``). ``lora_A`` and ``lora_B`` then
+    hold one adapter of rank ``r`` for each slice, stacked along their rows.
+
+    Args:
+        base_layer: The frozen ``nn.Linear``, transformers ``Conv1D``, or bitsandbytes ``Linear4bit`` or
+            ``Linear8bitLt``, with weight ``W_0`` (m x d).
+        rank: The maximum rank ``r``, from 1 to min(m, d).
+        alpha: The adapter is scaled by ``alpha / rank``, independent of the current rank.
+        dropout: Probability of dropping an entry of the adapter's input during training.
+        out_slices: ``(start, stop)`` ranges of output features to adapt; by default all of them as one.
+        device: Device of the adapter; by default that of the base weight.
+        dtype: Data type of the adapter's parameters. They are cast to the input's type for computing.
+        init: Initialization of ``lora_A`` and ``lora_B``, see :mod:`lalora_lightning.initialization`.
+        use_rslora: Scale by ``alpha / sqrt(rank)`` (rank-stabilized LoRA, arXiv 2312.03732).
+        freeze_A: Train ``lora_B`` only (LoRA-FA, arXiv 2308.03303). The layer's input is then not kept for the
+            backward pass.
+
+    Attributes:
+        lora_A: ``(r, d)``, or ``(S r, d)`` for S slices.
+        lora_B: ``(m, r)``, or ``(sum of the slices' widths, r)`` for slices.
+        start_A: The initial ``lora_A``, a persistent buffer; None where ``B A`` is zero at first.
+        start_B: The initial ``lora_B``, likewise.
+        rank: Integer scalar, the current rank ``r'``; a persistent buffer. It is ``r`` at first.
+
+    Raises:
+        TypeError: The base layer is not linear.
+        ValueError: rank, alpha, dropout, init or a slice is out of range.
+
+    >>> layer = TruncatedLoRALinear(nn.Linear(6, 4), rank=2, alpha=4.0)
+    >>> layer.set_rank(1)
+    >>> layer
+    TruncatedLoRALinear(
+      rank=1 of 2, scaling=2.0
+      (base_layer): Linear(in_features=6, out_features=4, bias=True)
+    )
+    """
+
+    rank: Tensor
+    rank_mask: Tensor
+    start_A: Tensor | None
+    start_B: Tensor | None
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        out_slices: Sequence[tuple[int, int]] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        init: Init = "kaiming",
+        use_rslora: bool = False,
+        freeze_A: bool = False,
+    ) -> None:
+        super().__init__()
+        if not is_linear(base_layer):
+            raise TypeError(
+                "Expected the base layer to be nn.Linear, transformers' Conv1D or a quantized layer of bitsandbytes "
+                f"but got {type(base_layer).__name__}."
+            )
+        self.base_layer = base_layer
+        # Read in every forward pass.
+        self._quantized = is_quantized(base_layer)
+        self.out_features, self.in_features = linear_shape(base_layer)
+        self.out_slices = tuple(out_slices or [(0, self.out_features)])
+        require_slices(self.out_slices, self.out_features)
+        require_rank_that_fits(rank, self.out_slices, self.in_features)
+        require_adapter_settings(rank, alpha, dropout, init)
+        self.max_rank = rank
+        self.scaling = lora_scaling(alpha, rank, use_rslora)
+        self.dropout = dropout
+        self.init = init
+        self.merged = False
+        self._unmerged_weight: Tensor | None = None
+
+        device = linear_parameter(base_layer).device if device is None else device
+        adapted = sum(stop - start for start, stop in self.out_slices)
+        self.lora_A = nn.Parameter(
+            torch.empty(len(self.out_slices) * rank, self.in_features, device=device, dtype=dtype), not freeze_A
+        )
+        self.lora_B = nn.Parameter(torch.empty(adapted, rank, device=device, dtype=dtype))
+        self.register_buffer("rank", torch.empty((), dtype=torch.long, device=device))
+        # Follows from `rank`, which the state dict holds. Boolean, so that no cast of the model changes it.
+        self.register_buffer("rank_mask", torch.empty(rank, dtype=torch.bool, device=device), persistent=False)
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+        self.reset_parameters()
+        self.register_state_dict_pre_hook(state_hooks.require_unmerged_to_save)
+        self.register_load_state_dict_pre_hook(state_hooks.require_unmerged_to_load)
+        self.register_load_state_dict_post_hook(state_hooks.update_mask)
+
+    @classmethod
+    def with_scaling(
+        cls,
+        base_layer: nn.Module,
+        rank: int,
+        scaling: float,
+        **settings: Any,
+    ) -> "TruncatedLoRALinear":
+        """Return a layer of exactly this scaling, which ``alpha / rank`` could round; other arguments as in the class."""
+        layer = cls(base_layer, rank, scaling * rank, **settings)
+        layer.scaling = scaling
+        return layer
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialize the factors as ``init`` says, at full rank.
+
+        A layer that was built on the meta device needs this after ``to_empty``.
+
+        Raises:
+            ValueError: ``init`` needs the base weight, which is on the meta device or has a rank below ``max_rank``.
+        """
+        factors = self.split(self.lora_A, self.lora_B)
+        if self.init in FACTORIZATIONS:
+            weight = self.base_weight
+            if weight.is_meta:
+                raise ValueError(
+                    f"Expected a weight to initialize from with init={self.init!r} but it is on the meta device."
+                )
+            for (A, B), (start, stop) in zip(factors, self.out_slices, strict=True):
+                initial_A, initial_B = FACTORIZATIONS[self.init](weight[start:stop], self.max_rank, self.scaling)
+                if not (initial_A.any(1) | initial_B.any(0)).all():
+                    raise ValueError(
+                        f"Expected a weight of rank {self.max_rank} or more with init={self.init!r} but its rank is "
+                        "lower, and a component that is zero in both factors never learns."
+                    )
+                A.copy_(initial_A)
+                B.copy_(initial_B)
+            self.keep_initial_factors()
+        else:
+            for A, _ in factors:
+                if self.init == "orthogonal":
+                    nn.init.orthogonal_(A)
+                else:
+                    # The norm of each row is about 1/sqrt(3).
+                    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
+            self.start_A = self.start_B = None
+        self.set_rank(self.max_rank)
+
+    @torch.no_grad()
+    def keep_initial_factors(self) -> None:
+        """Keep the present ``lora_A`` and ``lora_B`` as the initial factors, whose product is subtracted."""
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The base weight ``W_0`` as ``(m, d)``; a copy if it is quantized."""
+        return linear_weight(self.base_layer)
+
+    @property
+    def weight(self) -> Tensor:
+        """The adapted weight ``(m, d)``, added in float32 or wider and cast once.
+
+        For code that reads a layer's weight instead of calling the layer.
+        """
+        base_weight = self.base_weight
+        if self.merged:
+            return base_weight
+        increment = self.increment()
+        return (base_weight.to(increment.dtype) + increment).to(base_weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias, ``(m,)``."""
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def set_rank(self, rank: int) -> None:
+        """Set the current rank.
+
+        Raises:
+            ValueError: The rank is not in [1, max_rank].
+        """
+        if not 1 <= rank <= self.max_rank:
+            raise ValueError(f"Expected rank to be in [1, {self.max_rank}] but got {rank}.")
+        self.rank.fill_(rank)
+        self.rank_mask.copy_(torch.arange(self.max_rank, device=self.rank.device) < rank)
+
+    def split(self, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Split tensors of the shapes of ``lora_A`` and ``lora_B`` by slice: ``[(A (r, d), B (m_s, r)), ...]``."""
+        if len(self.out_slices) == 1:
+            return [(A, B)]
+        widths = [stop - start for start, stop in self.out_slices]
+        return list(zip(A.chunk(len(widths)), B.split(widths), strict=True))
+
+    def increment(self) -> Tensor:
+        """Return the weight increment ``P = scaling * B_r' A_r'`` (m x d) at the current rank, in float32 or wider.
+
+        A sharded adapter is gathered, so that every process has to call this.
+        """
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        increment = torch.zeros(self.out_features, self.in_features, device=self.lora_A.device, dtype=dtype)
+        A, B, mask = self._factors()
+        # Autocast would multiply in half precision.
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            for (start, stop), (A_s, B_s) in zip(self.out_slices, self.split(A, B), strict=True):
+                increment[start:stop] = self.scaling * (B_s.to(dtype) * mask) @ A_s.to(dtype)
+        return increment
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return the current components of all slices as one plain adapter of scaling 1, without initial factors.
+
+        Returns:
+            A ``(R, d)`` and B ``(m, R)`` with ``P = B A``. R is the current rank times the number of slices, and twice
+            that where initial factors are subtracted.
+        """
+        A, B, mask = self._factors()
+        pairs = [(A_s[mask], self.scaling * B_s[:, mask]) for A_s, B_s in self.split(A, B)]
+        rank = len(pairs[0][0])
+        folded_B = B.new_zeros(self.out_features, len(pairs) * rank)
+        for i, ((start, stop), (_, B_s)) in enumerate(zip(self.out_slices, pairs, strict=True)):
+            folded_B[start:stop, i * rank : (i + 1) * rank] = B_s
+        return torch.cat([A_s for A_s, _ in pairs]), folded_B
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A, B and the mask of their components; initial factors follow with a minus sign."""
+        own_A, own_B = gathered(self.lora_A), gathered(self.lora_B)
+        if self.start_A is None or self.start_B is None:
+            return own_A, own_B, self.rank_mask
+        pairs = zip(self.split(own_A, own_B), self.split(self.start_A, self.start_B), strict=True)
+        A = torch.cat([A for (own, _), (initial, _) in pairs for A in (own, initial)])
+        return A, torch.cat([own_B, -self.start_B], dim=1), self.rank_mask.repeat(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer.
+
+        Args:
+            x: ``(..., d)``.
+
+        Returns:
+            ``(..., m)`` in the input's type, or in autocast's type under autocast.
+        """
+        device_type = x.device.type
+        # Autocast does not change double precision.
+        if device_type != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+            dtype = torch.get_autocast_dtype(device_type)
+            # The casts that autocast would make are made here once; the backward pass needs them again.
+            with torch.autocast(device_type, enabled=False):
+                return self._forward(x.to(dtype), dtype)
+        return self._forward(x, None)
+
+    def _forward(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        if self.merged:
+            return F.linear(x, *self._base_parameters(dtype))
+        # The function maps rows to rows. The output's shape is restored outside of it, so that callers may change the
+        # output in place.
+        rows = x.reshape(-1, self.in_features)
+        lora_rows = F.dropout(rows, self.dropout) if self.training and self.dropout > 0 else None
+        A, B, mask = self._factors()
+        fixed = mask, self.scaling, self.out_slices
+        if self._quantized:
+            # bitsandbytes multiplies without a full copy of the weight, and has its own backward pass.
+            out = self.base_layer(rows)
+            out = add_adapter(out, rows if lora_rows is None else lora_rows, A, B, *fixed)
+            return out.view(*x.shape[:-1], self.out_features)
+        weight, bias = self._base_parameters(dtype)
+        if torch.is_grad_enabled():
+            out = TruncatedLoRAFunction.apply(rows, lora_rows, weight, bias, A, B, *fixed)
+        else:
+            # Without a backward pass, a node of the graph would only take time.
+            out, _ = truncated_lora(rows, lora_rows, weight, bias, A.to(x.dtype), B.to(x.dtype), *fixed)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _base_parameters(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+        """Return the base layer's weight ``(m, d)`` and bias ``(m,)``, in autocast's type if there is one."""
+        weight, bias = self.base_weight, self.bias
+        if dtype is None:
+            return weight, bias
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def get_extra_state(self) -> Tensor:
+        """Return what the tensors do not tell, the scaling and the slices, as one float64 vector."""
+        return torch.tensor([self.scaling, *itertools.chain(*self.out_slices)], dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Check that a loaded state was trained with the same scaling and slices.
+
+        Raises:
+            ValueError: Scaling or slices differ.
+        """
+        if type(state).__name__ == "_EXTRA_STATE":
+            # torch's set_model_state_dict, which loads sharded models, passes a placeholder instead of the value.
+            return
+        if not self.is_own_extra_state(state):
+            raise ValueError(
+                f"Expected the state of an adapter with {state_hooks.describe_extra_state(self.get_extra_state())} but "
+                f"got one with {state_hooks.describe_extra_state(state)}; adapt the model with the settings it was "
+                "trained with."
+            )
+
+    def is_own_extra_state(self, state: Any) -> bool:
+        """Return whether scaling and slices are this layer's; the scaling may have been rounded to half precision."""
+        own = self.get_extra_state()
+        if not isinstance(state, Tensor) or state.shape != own.shape or not state.is_floating_point():
+            return False
+        state = state.to("cpu", torch.float64)
+        return torch.equal(state[1:], own[1:]) and torch.allclose(state[:1], own[:1], rtol=1e-2, atol=0.0)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            # A rank allocator makes the ranks of all layers slices of one tensor, which some formats refuse to save.
+            destination[prefix + "rank"] = destination[prefix + "rank"].clone()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the adapter to the base weight, in float32 and cast once; :meth:`unmerge` restores it bit for bit.
+
+        Until then the layer keeps a copy of the original base weight.
+
+        Raises:
+            RuntimeError: The layer is merged already.
+            TypeError: The base weight is quantized.
+            ValueError: The merged weight would not be finite; nothing has changed then.
+        """
+        if self.merged:
+            raise RuntimeError("Expected an unmerged layer but it is merged already; call unmerge() first.")
+        if self._quantized:
+            raise TypeError(
+                f"Expected a weight in floating point but got a quantized one ({type(self.base_layer).__name__}), in "
+                "which rounding would swallow the adapter. Take lora_state_dict(model), load the model without "
+                "quantization, load_lora_state_dict(model, state) and merge there."
+            )
+        merged = self.weight
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"Expected the merged weight to be finite in {merged.dtype} but it has NaN or Inf.")
+        self._unmerged_weight = self.base_weight.clone()
+        self.base_weight.copy_(merged)
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`: restore the base weight bit for bit.
+
+        Raises:
+            RuntimeError: The layer is not merged.
+        """
+        if self._unmerged_weight is None:
+            raise RuntimeError("Expected a merged layer but it is not merged; call merge() first.")
+        self.base_weight.copy_(self._unmerged_weight)
+        self._unmerged_weight = None
+        self.merged = False
+
+    @torch.no_grad()
+    def trim(self) -> None:
+        """Cut ``lora_A`` and ``lora_B`` to the current rank: the same outputs from fewer parameters.
+
+        The parameters are new ones: an optimizer that held the old ones has to be rebuilt.
+        """
+        rank = int(self.rank)
+        factors = self.split(self.lora_A, self.lora_B)
+        self.lora_A = nn.Parameter(torch.cat([A[:rank] for A, _ in factors]), self.lora_A.requires_grad)
+        self.lora_B = nn.Parameter(torch.cat([B[:, :rank] for _, B in factors]), self.lora_B.requires_grad)
+        if self.start_A is not None and self.start_B is not None:
+            initial = self.split(self.start_A, self.start_B)
+            self.start_A, self.start_B = torch.cat([A[:rank] for A, _ in initial]), self.start_B[:, :rank].clone()
+        self.max_rank = rank
+        self.rank_mask = self.rank_mask[:rank].clone()
+
+    def extra_repr(self) -> str:
+        """Return the current rank, the scaling and what else differs from the defaults."""
+        rank = "?" if self.rank.is_meta else int(self.rank)
+        text = f"rank={rank} of {self.max_rank}, scaling={self.scaling}"
+        if self.out_slices != ((0, self.out_features),):
+            text += f", out_slices={self.out_slices}"
+        return text + (f", dropout={self.dropout}" if self.dropout else "")
