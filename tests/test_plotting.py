@@ -13,11 +13,11 @@ from lalora_lightning import plotting
 from lalora_lightning.runs import Run
 
 
-def new_run(layers: int = 12, readings: int = 30, prefix: str = "model.encoder.layer.") -> Run:
-    steps = range(0, 10 * readings, 10)
-    ranks = [[1 + (t + i) % 8 for i in range(layers)] for t in range(readings)]
+def new_run(layers: int = 12, points: int = 30, prefix: str = "model.encoder.layer.") -> Run:
+    steps = range(0, 10 * points, 10)
+    ranks = [[1 + (t + i) % 8 for i in range(layers)] for t in range(points)]
     sparsity = {step: [1 / (1 + step / 50 + i / 10) for i in range(layers)] for step in steps}
-    return Run([f"{prefix}{i}" for i in range(layers)], 8, steps, ranks, [2.0 * layers] * readings, sparsity)
+    return Run([f"{prefix}{i}" for i in range(layers)], 8, steps, ranks, [2.0 * layers] * points, sparsity)
 
 
 OF_ONE_RUN = [
@@ -32,9 +32,9 @@ OF_ONE_RUN = [
 
 @pytest.mark.parametrize("plot", OF_ONE_RUN)
 @pytest.mark.parametrize("layers", [1, 12, 96])
-@pytest.mark.parametrize("readings", [1, 30])
-def test_axes_are_labelled_and_labels_do_not_overlap(plot: Callable[[Run], Figure], layers: int, readings: int):
-    figure = plot(new_run(layers, readings))
+@pytest.mark.parametrize("points", [1, 30])
+def test_axes_are_labeled_and_labels_do_not_overlap(plot: Callable[[Run], Figure], layers: int, points: int):
+    figure = plot(new_run(layers, points))
     figure.canvas.draw()
     for axes in figure.axes:
         assert axes.get_ylabel()
@@ -97,7 +97,7 @@ def test_budget_total_and_loras_total():
 
 
 def test_bars_are_the_final_ranks():
-    short, long = new_run(readings=1), new_run(readings=3)
+    short, long = new_run(points=1), new_run(points=3)
     figure = plotting.plot_final_ranks({"mrpc": short, "cola": long})
     for axes, run, title in zip(
         figure.axes, (short, long), ("mrpc: total rank 46 of", "cola: total rank 54 of"), strict=True
@@ -109,7 +109,7 @@ def test_bars_are_the_final_ranks():
 
 
 def test_sparsity_in_percent():
-    run = new_run(layers=2, readings=2)
+    run = new_run(layers=2, points=2)
     lines = plotting.plot_sparsity(run).axes[0].lines
     assert [line.get_ydata().tolist() for line in lines] == [
         pytest.approx([100, 100 / 1.2]),

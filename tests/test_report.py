@@ -124,6 +124,16 @@ def test_reading_logs_loads_neither_torch_nor_the_layers(tmp_path: Path):
     assert out.strip() == "[[1]] []"
 
 
+def test_layers_from_csv_logs_are_in_order_of_depth(tmp_path: Path):
+    names = [f"encoder.layer.{i}" for i in range(12)]
+    logger = CSVLogger(tmp_path, "", "")
+    logger.log_metrics({f"rank/{name}": float(i) for i, name in enumerate(names)} | {"rank/budget": 66.0}, step=0)
+    logger.save()
+    run = read_run(tmp_path)
+    assert run.layer_names == names
+    assert run.ranks == [list(range(12))]
+
+
 def test_errors_say_what_to_do(tmp_path: Path):
     def error(*arguments: str) -> str:
         with pytest.raises(SystemExit) as stop:

@@ -83,6 +83,6 @@ def load_pretrained(auto_class: Any, name: str, **arguments: Any) -> Any:
 
 
 def _require_folder_if_local(name: str) -> None:
-    """Raise if the name begins like a path but is none; names on the Hub do not begin that way."""
+    """Raise if the name begins like a path, which names on the Hub do not, and there is no such file or folder."""
     if name.startswith((".", "/", "~")) and not Path(name).exists():
         raise FileNotFoundError("there is no such folder")

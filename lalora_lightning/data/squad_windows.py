@@ -18,7 +18,7 @@ def tokenize(
     no_answer: bool,
     scored: bool,
 ) -> dict[str, list]:
-    """Tokenize questions with their contexts and label the tokens of the answers; a long context becomes many windows.
+    """Tokenize questions with their contexts and label the tokens of the answers; long contexts become several windows.
 
     In a window without the answer, and for a question without an answer, the label is the first token.
 

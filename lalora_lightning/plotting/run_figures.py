@@ -131,6 +131,7 @@ def plot_sparsity_and_rank(source: Source) -> Figure:
     _draw_ranks(above, run)
     below.bar(range(len(final)), final, color=ORANGE)
     below.set_ylabel("sparsity, %")
+    below.set_ylim(bottom=0)
     name_layers(below.xaxis, run.layer_names)
     return figure
 

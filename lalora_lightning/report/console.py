@@ -19,7 +19,7 @@ __all__ = ["HEADER", "print_rank_report", "rank_rows", "rank_totals"]
 HEADER = ("layer", "rank", "contribution", "growth, %/step", "share of maximum")
 
 _BAR = 16
-# So many columns are left of 80 for the layers' names, with the bars and without.
+# Columns that are left for the names of the layers, of 80, with the bars and without.
 _NAME_BESIDE_BAR, _NAME = 26, 44
 
 

@@ -1,4 +1,4 @@
-"""Reading runs back: from the folder of a logger, or from a Trainer's checkpoint."""
+"""Training runs, read from the logs of a logger or from a Trainer's checkpoint."""
 
 from lalora_lightning.runs.adapter_size import trimmed_bytes
 from lalora_lightning.runs.logs import run_folders

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,17 @@ def _read_csv(path: Path) -> _Metrics:
                         metrics.setdefault(key, {})[step] = float(value)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"Expected numbers in line {line} of {path} but it is damaged: {error}.") from error
-    return metrics
+    # CSVLogger sorts its columns as text, which puts layer 10 before layer 2.
+    return {key: metrics[key] for key in sorted(metrics, key=_natural_order)}
+
+
+def _natural_order(name: str) -> list[str | int]:
+    """Return a sort key that compares numbers in names as numbers.
+
+    >>> sorted(["layer.10", "layer.2"], key=_natural_order)
+    ['layer.2', 'layer.10']
+    """
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def _read_events(folder: Path) -> _Metrics:

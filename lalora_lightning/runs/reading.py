@@ -1,4 +1,4 @@
-"""Reading a run from whatever holds it."""
+"""Reading a run from its logs or from a checkpoint."""
 
 import os
 from pathlib import Path

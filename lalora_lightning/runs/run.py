@@ -14,7 +14,7 @@ class Run:
     Attributes:
         layer_names: L names.
         max_rank: Maximum rank of a layer; if the logs do not contain it, the highest logged rank.
-        steps: T numbers of optimizer steps, rising, at which the ranks were logged.
+        steps: T numbers of optimizer steps, increasing, at which the ranks were logged.
         ranks: ``(T, L)``.
         budgets: T budgets (Eq. 5).
         sparsity: ``(L,)`` sparsities (Eq. 1) in [0, 1] by step, if they were logged.
