@@ -71,9 +71,9 @@ def replaced_when_complete(path: Path) -> Iterator[Path]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has no message.
+    r"""Return the first line of an error's message, or its type where it has no message.
 
-    >>> first_line(ValueError("no such file\\nhint: look elsewhere")), first_line(KeyboardInterrupt())
+    >>> first_line(ValueError("no such file\nhint: look elsewhere")), first_line(KeyboardInterrupt())
     ('no such file', 'KeyboardInterrupt')
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -199,8 +199,8 @@ def allocate_ranks(contribution: Tensor, budget: Tensor, max_rank: int, temperat
 
     Every layer has rank 1, and claims ``clamp(share - 1, 0, r - 1)`` beyond that. What the maximum ``r`` cuts off a
     share is not given to other layers (difference 3). If the claims add up to more than ``floor(budget) - L``, they are
-    scaled down to it (difference 4). Fractions are rounded by largest remainder. Ties are decided in favor of the larger
-    contribution, then of the earlier layer.
+    scaled down to it (difference 4). Fractions are rounded by largest remainder. Ties are decided in favor of the
+    larger contribution, then of the earlier layer.
 
     Args:
         contribution: ``(L,)``.

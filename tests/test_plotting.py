@@ -1,7 +1,6 @@
-"""Pictures hold the data they are given, and nothing in them overlaps."""
+"""Figures hold the data they are given, and their labels do not overlap."""
 
 import itertools
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,11 +13,11 @@ from lalora_lightning import plotting
 from lalora_lightning.runs import Run
 
 
-def new_run(layers: int = 12, readings: int = 30, prefix: str = "model.encoder.layer.") -> Run:
-    steps = range(0, 10 * readings, 10)
-    ranks = [[1 + (t + i) % 8 for i in range(layers)] for t in range(readings)]
+def new_run(layers: int = 12, points: int = 30, prefix: str = "model.encoder.layer.") -> Run:
+    steps = range(0, 10 * points, 10)
+    ranks = [[1 + (t + i) % 8 for i in range(layers)] for t in range(points)]
     sparsity = {step: [1 / (1 + step / 50 + i / 10) for i in range(layers)] for step in steps}
-    return Run([f"{prefix}{i}" for i in range(layers)], 8, steps, ranks, [2.0 * layers] * readings, sparsity)
+    return Run([f"{prefix}{i}" for i in range(layers)], 8, steps, ranks, [2.0 * layers] * points, sparsity)
 
 
 OF_ONE_RUN = [
@@ -33,9 +32,9 @@ OF_ONE_RUN = [
 
 @pytest.mark.parametrize("plot", OF_ONE_RUN)
 @pytest.mark.parametrize("layers", [1, 12, 96])
-@pytest.mark.parametrize("readings", [1, 30])
-def test_axes_are_labelled_and_labels_do_not_overlap(plot: Callable[[Run], Figure], layers: int, readings: int):
-    figure = plot(new_run(layers, readings))
+@pytest.mark.parametrize("points", [1, 30])
+def test_axes_are_labeled_and_labels_do_not_overlap(plot: Callable[[Run], Figure], layers: int, points: int):
+    figure = plot(new_run(layers, points))
     figure.canvas.draw()
     for axes in figure.axes:
         assert axes.get_ylabel()
@@ -54,7 +53,7 @@ def test_axes_are_labelled_and_labels_do_not_overlap(plot: Callable[[Run], Figur
     )
 
 
-def test_what_long_names_share_is_cut_short():
+def test_long_common_prefixes_are_cut_short():
     run = new_run(prefix="base_model.model.bert.encoder.layer.")
     assert plotting.plot_rank_trajectories(run).axes[0].get_ylabel() == "layer (...bert.encoder.layer.*)"
     both = Run(["net.encoder.block.0", "net.decoder.block.0"], 8, [1], [[1, 2]], [3.0])
@@ -80,7 +79,7 @@ def test_the_heat_map_holds_the_ranks(layers: int, labels: list[str]):
     assert total.lines[0].get_ydata().tolist() == [sum(row) for row in run.ranks]
 
 
-def test_lines_hold_the_ranks_set_apart():
+def test_lines_hold_the_ranks_slightly_shifted():
     run = new_run(layers=3)
     lines = plotting.plot_rank_lines(run).axes[0].lines
     assert [[round(y) for y in line.get_ydata()] for line in lines] == [list(c) for c in zip(*run.ranks, strict=True)]
@@ -98,7 +97,7 @@ def test_budget_total_and_loras_total():
 
 
 def test_bars_are_the_final_ranks():
-    short, long = new_run(readings=1), new_run(readings=3)
+    short, long = new_run(points=1), new_run(points=3)
     figure = plotting.plot_final_ranks({"mrpc": short, "cola": long})
     for axes, run, title in zip(
         figure.axes, (short, long), ("mrpc: total rank 46 of", "cola: total rank 54 of"), strict=True
@@ -110,7 +109,7 @@ def test_bars_are_the_final_ranks():
 
 
 def test_sparsity_in_percent():
-    run = new_run(layers=2, readings=2)
+    run = new_run(layers=2, points=2)
     lines = plotting.plot_sparsity(run).axes[0].lines
     assert [line.get_ydata().tolist() for line in lines] == [
         pytest.approx([100, 100 / 1.2]),
@@ -149,16 +148,6 @@ def test_comparison():
     assert seeds == [1.0, 2.0, 3.0]
     assert [container.lines[0].get_xdata().tolist() for container in axes.containers] == [[2.0], [2.0]]
     assert axes.get_xlabel() == "accuracy, %"
-
-
-def test_intervals_agree_with_students_t():
-    from scipy.stats import t
-
-    for n in (2, 3, 11, 12, 20, 100):
-        values = [float(i) for i in range(n)]
-        spread = math.sqrt(n * (n + 1) / 12)
-        assert plotting.confidence(values) == pytest.approx(t.ppf(0.975, n - 1) * spread / math.sqrt(n), rel=2e-3)
-    assert plotting.confidence([3.0]) == 0
 
 
 def test_matplotlib_is_imported_when_called(tmp_path: Path):

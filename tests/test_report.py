@@ -1,8 +1,10 @@
-"""The report of a run, from CSV logs, TensorBoard's and a checkpoint; and what is printed after fit."""
+"""The report of a run, from CSV logs, TensorBoard's and a checkpoint, and the table printed after fit."""
 
 import contextlib
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -13,11 +15,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
+from torch import nn
 
 from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, lora_layers
-from lalora_lightning.rank_report import print_rank_report, rank_rows, rank_totals, trimmed_bytes
 from lalora_lightning.report import main
-from lalora_lightning.runs import final_scores, final_scores_by, read_run
+from lalora_lightning.report.console import print_rank_report, rank_rows, rank_totals
+from lalora_lightning.runs import read_run, trimmed_bytes
 from lalora_lightning.sparsity import layer_sparsity
 from tests.conftest import TinyTransformer
 from tests.test_callback import Task, loader, new_trainer
@@ -51,7 +54,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LaLoraCallba
 def test_a_run_is_read_from_its_logs(fitted: tuple, logs: str):
     folder, callback, module = fitted
     run = read_run(folder / logs)
-    # All readings but the one before the first step, which is not logged.
+    # The history without the ranks before the first step, which are not logged.
     history = callback.history[1:]
     assert list(run.steps) == [5, 10, 15, 20, 21]
     assert [list(row) for row in run.ranks] == [ranks for _, ranks, _ in history]
@@ -77,7 +80,8 @@ def test_a_checkpoint_alone(fitted: tuple, tmp_path: Path):
     assert run.settings["lr"] == 0.05
     assert "best val/loss" in run.summary
     main([str(folder / "last.ckpt"), "--output", str(tmp_path)])
-    assert "| trimmed adapter, KiB | " in (tmp_path / "report.md").read_text()
+    size = sum(ranks) * 2 * 16 * 4 / 1024
+    assert f"<td>trimmed adapter, KiB</td><td>{size:.5g}</td>" in (tmp_path / "report.html").read_text()
 
 
 def test_the_command(fitted: tuple, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -96,15 +100,38 @@ def test_the_command(fitted: tuple, tmp_path: Path, capsys: pytest.CaptureFixtur
     # Self-contained: nothing is loaded from elsewhere.
     assert page.count('src="data:image/png;base64,') == page.count("src=") == 4
     assert "http" not in page
-    text = (tmp_path / "report" / "report.md").read_text()
-    assert "a\\|b <i>" in text
-    assert {path.name for path in tmp_path.glob("report/*.png")} == {
+    assert {path.name for path in tmp_path.glob("report/*")} == {
+        "report.html",
         "rank-trajectories.png",
         "rank-lines.png",
         "sparsity.png",
         "sparsity-and-rank.png",
     }
-    assert all(f"]({path.name})" in text for path in tmp_path.glob("report/*.png"))
+
+
+def test_reading_logs_loads_neither_torch_nor_the_layers(tmp_path: Path):
+    (tmp_path / "metrics.csv").write_text("step,rank/x.0,rank/budget\n4,1,1\n")
+    code = (
+        "import importlib.util, sys, types;"
+        "package = types.ModuleType('lalora_lightning');"
+        "package.__path__ = importlib.util.find_spec('lalora_lightning').submodule_search_locations;"
+        "sys.modules['lalora_lightning'] = package;"
+        "import lalora_lightning.report, lalora_lightning.runs;"
+        f"run = lalora_lightning.runs.read_run({str(tmp_path)!r});"
+        "print(run.ranks, [name for name in ('torch', 'lightning', 'lalora_lightning.layers') if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[[1]] []"
+
+
+def test_layers_from_csv_logs_are_in_order_of_depth(tmp_path: Path):
+    names = [f"encoder.layer.{i}" for i in range(12)]
+    logger = CSVLogger(tmp_path, "", "")
+    logger.log_metrics({f"rank/{name}": float(i) for i, name in enumerate(names)} | {"rank/budget": 66.0}, step=0)
+    logger.save()
+    run = read_run(tmp_path)
+    assert run.layer_names == names
+    assert run.ranks == [list(range(12))]
 
 
 def test_errors_say_what_to_do(tmp_path: Path):
@@ -113,8 +140,8 @@ def test_errors_say_what_to_do(tmp_path: Path):
             main(list(map(str, arguments)))
         return str(stop.value)
 
-    assert "to be a folder of logs or a checkpoint but there is none" in error(tmp_path / "nowhere")
-    assert "found neither; give the folder a logger wrote to, or a checkpoint" in error(tmp_path)
+    assert "to be a folder of logs or a checkpoint but it does not exist" in error(tmp_path / "nowhere")
+    assert "found neither; give the folder of a logger or a checkpoint" in error(tmp_path)
 
     for version in ("a", "b"):
         (tmp_path / version).mkdir()
@@ -146,19 +173,7 @@ def test_errors_say_what_to_do(tmp_path: Path):
     assert "to hold the state of a LaLoraCallback but it has none" in error(tmp_path / "plain.ckpt")
 
 
-def test_scores_by_a_setting(tmp_path: Path):
-    for i, (gamma, score) in enumerate([(4.0, 0.5), (2.0, 0.25), (4.0, 0.75)]):
-        folder = tmp_path / f"run-{i}"
-        folder.mkdir()
-        (folder / "hparams.yaml").write_text(f"lalora:\n  gamma: {gamma}\n")
-        (folder / "metrics.csv").write_text(f"step,rank/x.0,rank/budget,val/acc\n4,1,1,\n9,,,0.1\n19,,,{score}\n")
-    assert final_scores_by(tmp_path, "val/acc", "lalora.gamma") == {2.0: [0.25], 4.0: [0.5, 0.75]}
-    assert final_scores_by(tmp_path, "val/acc", "lalora.rank") == {}
-    assert final_scores(tmp_path, "val/acc") == [0.5, 0.25, 0.75]
-    assert final_scores(tmp_path, "test/acc") == []
-
-
-def test_sparsity_is_that_of_the_increment_not_of_a_start():
+def test_sparsity_is_that_of_the_increment_not_of_the_initial_factors():
     model = TinyTransformer()
     add_lora(model, rank=4, init="pissa")
     assert layer_sparsity(model).tolist() == [1.0, 1.0, 1.0]
@@ -207,7 +222,7 @@ def test_the_ranks_are_printed_after_fit(tmp_path: Path, capsys: pytest.CaptureF
     assert f"total rank {sum(callback.history[-1][1])} of LoRA's 12" in " ".join(out.split())
 
 
-def test_the_rank_report(adapted: TinyTransformer, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_the_rank_report(adapted: TinyTransformer, capsys: pytest.CaptureFixture):
     allocator = RankAllocator(adapted, gamma=3.0)
     assert allocator.contributions.isnan().all()
     assert allocator.growth_rates.isnan().all()
@@ -225,19 +240,35 @@ def test_the_rank_report(adapted: TinyTransformer, capsys: pytest.CaptureFixture
     ]
     assert [row[4] for row in rows] == ["█" * 4 * rank + "·" * 4 * (4 - rank) for rank in allocator.ranks.tolist()]
     trimmed = int(allocator.ranks.sum()) * 2 * 16 * 4 / 1024
-    totals, *advice = rank_totals(allocator, adapted).splitlines()
-    assert totals.endswith(f"adapters 1.5 KiB, trimmed to these ranks {trimmed:.1f} KiB")
+    totals, sizes, *advice = rank_totals(allocator, adapted).splitlines()
+    assert totals.startswith(f"total rank {int(allocator.ranks.sum())} of LoRA's 12 (")
+    assert sizes == f"adapters 1.5 KiB, trimmed to these ranks {trimmed:.1f} KiB"
     assert bool(advice) == (float(allocator.budget) < 0.9 * 12)
     assert trimmed_bytes(torch.empty(4, 8), torch.empty(6, 4), rank=3) == 3 * 14 * 4
 
-    # Without rich, the same in plain text.
-    monkeypatch.setattr("lalora_lightning.rank_report.find_spec", lambda name: None)
     print_rank_report(allocator, adapted)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "La-LoRA's ranks, maximum 4, of blocks.*"
-    assert lines[2].split()[:7] == ["layer", "rank", "contribution", "growth,", "%", "a", "step"]
-    assert lines[3].split() == ["0", *rows[0][1:]]
-    assert "\n".join(lines[6:]) == rank_totals(allocator, adapted)
+    assert lines[1] == "La-LoRA ranks of blocks.*, maximum 4"
+    assert lines[2].split() == ["layer", "rank", "contribution", "growth,", "%/step", "share", "of", "maximum"]
+    assert lines[4].split() == ["0", *rows[0][1:]]
+    assert "\n".join(lines[7:]) == rank_totals(allocator, adapted)
+
+
+@pytest.mark.parametrize(("length", "bar"), [(20, True), (40, False), (90, False)])
+def test_the_rank_report_fits_80_columns(capsys: pytest.CaptureFixture, length: int, bar: bool):
+    model = nn.Module()
+    names = [f"{i}_projection".rjust(length, "_") for i in (10, 11)]
+    model.encoder = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+    add_lora(model, rank=4, target_modules=names, modules_to_save=[])
+    allocator = RankAllocator(model, group_by="module", gamma=0.0)
+    allocator.step()
+    print_rank_report(allocator, model)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    for name, line in zip(names, lines[4:6], strict=True):
+        assert line.split()[0] == (name if length < 44 else "..." + name[-41:])
+        assert ("█" in line) is bar
+    assert lines[-1] == "The budget ended below its maximum of 8; increase gamma or train longer."
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

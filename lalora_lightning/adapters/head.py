@@ -67,8 +67,8 @@ def named_head_parameters(
 def _find_head_modules(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> list[str]:
     """Find the modules beside the adapted backbone that hold a linear layer.
 
-    The search goes down from the root, along the modules that hold all targets, to the first one with such a part. Parts
-    that are frozen already, such as a teacher, are skipped; if there are no others, nothing is trained in full.
+    The search goes down from the root, along the modules that hold all targets, to the first one with such a part.
+    Parts that are frozen already, such as a teacher, are skipped; if there are no others, nothing is trained in full.
     """
     any_frozen = False
     paths = [name.split(".") for name in targets]

@@ -35,7 +35,7 @@ from lalora_lightning.initialization import Init
 from lalora_lightning.layers import TruncatedLoRALinear
 from lalora_lightning.memory import reset_peak_memory
 from lalora_lightning.names import GroupBy
-from lalora_lightning.rank_report import print_rank_report
+from lalora_lightning.report.console import print_rank_report
 from lalora_lightning.sharding import gathered
 from lalora_lightning.sparsity import layer_sparsity
 
@@ -300,7 +300,7 @@ class LaLoraCallback(AdapterCheckpoints):
             print_rank_report(self.allocator, pl_module)
 
     def plot(self) -> "Figure":
-        """Return the rank trajectories so far as a figure, see :func:`lalora_lightning.plotting.plot_rank_trajectories`.
+        """Draw the rank trajectories so far, see :func:`lalora_lightning.plotting.plot_rank_trajectories`.
 
         Raises:
             RuntimeError: Fit has not started, or the ranks are fixed.

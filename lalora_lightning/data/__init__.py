@@ -1,1 +1,1 @@
-"""LightningDataModules, one a domain. Import them from their files: each loads the libraries of its domain."""
+"""LightningDataModules, one per domain. Import each from its own file, which loads the libraries of its domain."""

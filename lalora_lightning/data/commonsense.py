@@ -1,4 +1,4 @@
-"""The eight commonsense reasoning tasks as instructions and answers, after LLM-Adapters."""
+"""The eight commonsense reasoning tasks as instructions and answers, after LLM-Adapters (arXiv 2304.01933)."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,10 +12,15 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from lalora_lightning.data.loading import load_splits
 from lalora_lightning.data.text import TextDataModule
-from lalora_lightning.hub import load_splits
 
-Task = Literal["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"]
+__all__ = ["ANSWERS", "PROMPT", "CommonsenseDataModule", "CommonsenseTask"]
+
+CommonsenseTask = Literal[
+    "boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"
+]
+
 _FIVE = ("answer1", "answer2", "answer3", "answer4", "answer5")
 ANSWERS: dict[str, tuple[str, ...]] = {
     "boolq": ("true", "false"),
@@ -27,34 +32,38 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "arc_challenge": _FIVE,
     "openbookqa": _FIVE,
 }
+"""The possible answers of each task."""
+
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Response:\n"
 )
+"""The prompt of LLM-Adapters, with a place for the instruction."""
 
 
 class CommonsenseDataModule(TextDataModule):
-    """Instructions of all tasks to train on, some of them held out to validate on, and a test set for each task.
+    """One training set of all tasks, part of which is held out for validation, and a test set per task.
 
-    Training batches are padded on the right: ``input_ids``, ``attention_mask`` and ``labels``, each ``(N, S)`` int64,
-    with labels of -100 but on the answer and the end of text after it. Test batches are prompts padded on the left,
-    with lists of length N: ``task``, the right ``answer`` and the ``choices`` it is one of.
+    Training and validation batches are padded on the right: ``input_ids``, ``attention_mask`` and ``labels``, each
+    ``(N, S)`` int64. Labels are -100 except on the answer and the end-of-text token after it. Test batches are prompts
+    padded on the left, with lists of length N: ``task``, the correct ``answer`` and all ``choices``.
 
     Args:
         tokenizer: A model on the Hub or a local model folder, whose tokenizer is used.
         path: The training set on the Hub, or a folder with ``train.parquet``: columns instruction and output.
-        test_path: A folder of test sets, ``<task>.parquet`` or, as LLM-Adapters has them, ``<task>/test.json``: columns
+        test_path: A folder of test sets, ``<task>.parquet`` or, as in LLM-Adapters, ``<task>/test.json``: columns
             instruction and answer. By default the folder ``test`` in ``path``; the Hub's training set has none.
-        tasks: What to test on; by default every task that ``test_path`` has.
-        max_length: Tokens of prompt and answer in training; a longer prompt loses its start. Never cut in testing.
-        batch_size: Texts in a batch of training and validation, on each device.
-        test_batch_size: Prompts answered at once, on each device.
-        val_rows: Rows of the training set that are held out.
+        tasks: The tasks to test on; by default every task in ``test_path``.
+        max_length: Tokens of prompt and answer in training. A longer prompt loses its beginning. Test prompts are not
+            cut.
+        batch_size: Texts per training or validation batch and device.
+        test_batch_size: Prompts per test batch and device.
+        val_rows: Number of rows of the training set that are held out.
         num_workers: Processes that prepare batches.
 
     Raises:
-        FileNotFoundError: From ``test_tasks``, ``prepare_data`` and ``setup``: training set, tokenizer or the test set
-            of a task cannot be reached or found, or columns are missing.
+        FileNotFoundError: In ``test_tasks``, ``prepare_data`` and ``setup``: the training set, the tokenizer or a
+            task's test set cannot be found or downloaded, or columns are missing.
     """
 
     def __init__(
@@ -62,7 +71,7 @@ class CommonsenseDataModule(TextDataModule):
         tokenizer: str,
         path: str = "zwhe99/commonsense_170k",
         test_path: str | None = None,
-        tasks: list[Task] | None = None,
+        tasks: list[CommonsenseTask] | None = None,
         max_length: int = 256,
         batch_size: int = 4,
         test_batch_size: int = 16,
@@ -80,20 +89,39 @@ class CommonsenseDataModule(TextDataModule):
 
     @property
     def test_tasks(self) -> list[str]:
-        """The tasks that are tested on."""
+        """The tasks to test on."""
         return list(self._test_files())
 
     def test_dataloader(self) -> DataLoader:
-        # The Trainer's own would repeat rows, to give as many to each process.
+        """Return the prompts of all tasks; with several processes each prompt goes to exactly one of them."""
+        # The Trainer's own sampler would repeat rows, to give every process the same number.
         processes, rank = self.processes()
         sampler = UnrepeatedDistributedSampler(self.splits["test"], processes, rank, shuffle=False)
         collate = self.collator(side="left")
         return self.loader("test", sampler=sampler, batch_size=self.test_batch_size, collate_fn=collate)
 
     def collator(self, side: str = "right") -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        # On padding nothing is read and nothing learnt: where there is no token for it, as with LLaMA, any will do.
+        """Return the function that pads rows on a side, "right" or "left"."""
+        # Padding is masked and has no labels, so any token will do for tokenizers without one, such as LLaMA's.
         pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         return functools.partial(_collate, pad_id=pad_id, side=side)
+
+    def tokenize(self) -> dict[str, Any]:
+        """Tokenize the training set, hold out the validation rows, and tokenize the prompts of the test sets."""
+        files = self._test_files()
+        columns = ("instruction", "output")
+        if Path(self.path).is_dir():
+            rows = _load(Path(self.path) / "train.parquet", columns)
+        else:
+            rows = load_splits(self.path, columns=columns)["train"]
+        tokenize = functools.partial(_tokenize_answered, tokenizer=self.tokenizer, max_length=self.max_length)
+        halves = rows.map(tokenize, remove_columns=rows.column_names).train_test_split(self.val_rows, seed=0)
+        tests = []
+        for task, file in files.items():
+            rows = _load(file, ("instruction", "answer"))
+            tokenize = functools.partial(_tokenize_prompt, tokenizer=self.tokenizer, task=task)
+            tests.append(rows.map(tokenize, remove_columns=rows.column_names))
+        return {"train": halves["train"], "validation": halves["test"], "test": datasets.concatenate_datasets(tests)}
 
     def _test_files(self) -> dict[str, Path]:
         files = [(file.stem, file) for file in self.test_path.glob("*.parquet")]
@@ -105,31 +133,15 @@ class CommonsenseDataModule(TextDataModule):
         if missing or not found:
             raise FileNotFoundError(
                 f"Expected test sets of {', '.join(missing) or 'commonsense tasks'} in {self.test_path} but it has "
-                f"{', '.join(found) or 'none'}. Give --data.test_path a folder of <task>.parquet or <task>/test.json, "
-                f"the task one of {', '.join(ANSWERS)}."
+                f"{', '.join(found) or 'none'}; set `test_path` to a folder of <task>.parquet or <task>/test.json, "
+                f"where <task> is one of {', '.join(ANSWERS)}."
             )
         return {task: found[task] for task in wanted}
-
-    def tokenise(self) -> dict[str, Any]:
-        files = self._test_files()
-        columns = ("instruction", "output")
-        if Path(self.path).is_dir():
-            rows = _load(Path(self.path) / "train.parquet", columns)
-        else:
-            rows = load_splits(self.path, columns=columns)["train"]
-        tokenise = functools.partial(_tokenise_answered, tokenizer=self.tokenizer, max_length=self.max_length)
-        halves = rows.map(tokenise, remove_columns=rows.column_names).train_test_split(self.val_rows, seed=0)
-        tests = []
-        for task, file in files.items():
-            rows = _load(file, ("instruction", "answer"))
-            tokenise = functools.partial(_tokenise_prompt, tokenizer=self.tokenizer, task=task)
-            tests.append(rows.map(tokenise, remove_columns=rows.column_names))
-        return {"train": halves["train"], "validation": halves["test"], "test": datasets.concatenate_datasets(tests)}
 
 
 def _load(file: Path, columns: Sequence[str]) -> datasets.Dataset:
     if not file.is_file():
-        raise FileNotFoundError(f"Expected the folder {file.parent} to have {file.name} but it has not.")
+        raise FileNotFoundError(f"Expected the folder {file.parent} to have {file.name} but it does not.")
     rows = datasets.load_dataset(file.suffix[1:], data_files=str(file), split="train")
     if not set(columns) <= set(rows.column_names):
         names = ", ".join(rows.column_names)
@@ -139,17 +151,17 @@ def _load(file: Path, columns: Sequence[str]) -> datasets.Dataset:
     return rows
 
 
-def _tokenise_answered(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
-    # Apart, so that the prompt has the same tokens as when an answer is generated.
+def _tokenize_answered(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+    # Prompt and answer separately, so that the prompt has the same tokens as when an answer is generated.
     prompt = tokenizer(PROMPT.format(row["instruction"]))["input_ids"]
     answer = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    # The first token stays, since it may be the beginning of text.
+    # The first token is kept, since it may be the beginning-of-text token.
     prompt = prompt[:1] + prompt[1 + max(0, len(prompt) + len(answer) - max_length) :]
     ids = prompt + answer
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100] * len(prompt) + answer}
 
 
-def _tokenise_prompt(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, task: str) -> dict[str, Any]:
+def _tokenize_prompt(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, task: str) -> dict[str, Any]:
     encoded = tokenizer(PROMPT.format(row["instruction"]))
     return {**encoded, "task": task, "choices": ANSWERS[task], "answer": row["answer"]}
 

@@ -1,14 +1,17 @@
-"""The tasks of the GLUE benchmark."""
+"""The tasks of the GLUE benchmark (arXiv 1804.07461)."""
 
 import functools
 from typing import Any, Literal
 
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from lalora_lightning.data.loading import load_splits
 from lalora_lightning.data.text import TextDataModule
-from lalora_lightning.hub import load_splits
 
-Task = Literal["cola", "sst2", "mrpc", "stsb", "qnli", "rte", "mnli"]
+__all__ = ["TEXT_COLUMNS", "GlueDataModule", "GlueTask"]
+
+GlueTask = Literal["cola", "sst2", "mrpc", "stsb", "qnli", "rte", "mnli"]
+
 TEXT_COLUMNS: dict[str, tuple[str, ...]] = {
     "cola": ("sentence",),
     "sst2": ("sentence",),
@@ -18,31 +21,33 @@ TEXT_COLUMNS: dict[str, tuple[str, ...]] = {
     "rte": ("sentence1", "sentence2"),
     "mnli": ("premise", "hypothesis"),
 }
+"""The columns of each task's texts."""
 
 
 class GlueDataModule(TextDataModule):
-    """A task of GLUE, tokenised and padded batch by batch. The validation split is also what is tested on.
+    """A GLUE task, tokenized once and padded batch by batch.
 
-    GLUE keeps the labels of its test splits to itself; of MNLI the matched validation split is used.
+    The validation split is also the test split, because the labels of GLUE's test splits are not public. For MNLI it is
+    the matched validation split.
 
     Args:
         task: Name of the task.
         tokenizer: A model on the Hub or a local model folder, whose tokenizer is used.
-        path: The data set on the Hub, or a folder with one subfolder a task.
-        max_length: Tokens; longer texts are cut.
-        batch_size: Texts in a batch, on each device.
+        path: The data set on the Hub, or a folder with one subfolder per task.
+        max_length: Longer texts are cut to this many tokens.
+        batch_size: Texts per batch and device.
         num_workers: Processes that prepare batches.
-        max_train_rows: Train on so many rows only, drawn at random with a fixed seed.
+        max_train_rows: Train on this many rows only, drawn at random with a fixed seed.
 
     Raises:
-        FileNotFoundError: From ``prepare_data`` and ``setup``: data set or tokenizer cannot be reached or found, or
-            columns are missing.
-        ValueError: From the same: there are labels outside the task's classes.
+        FileNotFoundError: In ``prepare_data`` and ``setup``: the data set or the tokenizer cannot be found or
+            downloaded, or columns are missing.
+        ValueError: In ``prepare_data`` and ``setup``: there are labels outside the task's classes.
     """
 
     def __init__(
         self,
-        task: Task,
+        task: GlueTask,
         tokenizer: str,
         path: str = "nyu-mll/glue",
         max_length: int = 512,
@@ -59,10 +64,11 @@ class GlueDataModule(TextDataModule):
 
     @property
     def num_labels(self) -> int:
-        """Size of the head; 1 is regression."""
+        """Number of classes; 1 means regression."""
         return {"stsb": 1, "mnli": 3}.get(self.task, 2)
 
-    def tokenise(self) -> dict[str, Any]:
+    def tokenize(self) -> dict[str, Any]:
+        """Tokenize the training and the validation split."""
         texts = TEXT_COLUMNS[self.task]
         validation = "validation_matched" if self.task == "mnli" else "validation"
         splits = load_splits(
@@ -76,17 +82,18 @@ class GlueDataModule(TextDataModule):
                         f"Expected labels of {self.task} to be from 0 to {self.num_labels - 1} but its {split} split "
                         f"has {', '.join(map(str, sorted(unknown)))}."
                     )
-        tokenise = functools.partial(_tokenise, tokenizer=self.tokenizer, texts=texts, max_length=self.max_length)
+        tokenize = functools.partial(_tokenize, tokenizer=self.tokenizer, texts=texts, max_length=self.max_length)
         return {
-            name: splits[split].map(tokenise, batched=True, remove_columns=splits[split].column_names)
+            name: splits[split].map(tokenize, batched=True, remove_columns=splits[split].column_names)
             for name, split in (("train", "train"), ("validation", validation))
         }
 
     def collator(self) -> DataCollatorWithPadding:
+        """Return the collator that pads to the longest text of a batch."""
         return DataCollatorWithPadding(self.tokenizer)
 
 
-def _tokenise(
+def _tokenize(
     rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, texts: tuple[str, ...], max_length: int
 ) -> dict[str, list]:
     encoded = tokenizer(*(rows[text] for text in texts), truncation=True, max_length=max_length)

@@ -10,29 +10,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from lalora_lightning.hub import load_splits
+from lalora_lightning.data.loading import load_splits
+
+__all__ = ["ImageDataModule"]
 
 
 class ImageDataModule(LightningDataModule):
-    """An image data set in the layout of the Hub: an image column and a label column.
+    """An image data set in the Hub's layout: an image column and a label column.
 
     Batches are ``(images, labels)``: ``(N, 3, image_size, image_size)`` float32 in [0, 1] and ``(N,)`` int64. Training
-    images are flipped at random. Where the data set has no validation split, one is held out of the training split;
-    where it has no test split, the validation split takes its place.
+    images are flipped at random. Without a validation split, part of the training split is held out. Without a test
+    split, the validation split is tested on.
 
     Args:
-        path: Name of a data set on the Hub, or a folder: parquet files in the Hub's layout, or images in one folder a
+        path: Name of a data set on the Hub, or a folder: parquet files in the Hub's layout, or images in one folder per
             class.
-        label_column: By default the column of class labels; of several the one with most classes.
-        image_size: Side of the square that images are resized to, in pixels.
-        batch_size: Images in a batch, on each device.
-        val_fraction: Share of the training split held out, in (0, 1).
+        label_column: By default the column of class labels; if there are several, the one with most classes.
+        image_size: Images are resized to a square of this side, in pixels.
+        batch_size: Images per batch and device.
+        val_fraction: Fraction of the training split that is held out, in (0, 1).
         num_workers: Processes that decode images.
-        seed: Of the held-out split.
+        seed: Seed of the held-out split.
 
     Raises:
-        FileNotFoundError: From ``num_classes``, ``prepare_data`` and ``setup``: the data set cannot be reached or
-            found, or it lacks a train split, an image column or a label column.
+        FileNotFoundError: In ``num_classes``, ``prepare_data`` and ``setup``: the data set cannot be found or
+            downloaded, or has no training split, no image column or no label column.
     """
 
     def __init__(
@@ -58,14 +60,16 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the data set; loads it where that has not happened yet."""
+        """Number of classes. Loads the data set."""
         features = load_splits(self.path)["train"].features
         return features[self._label_column(features)].num_classes
 
     def prepare_data(self) -> None:
+        """Download the data set in one process."""
         load_splits(self.path)
 
     def setup(self, stage: str) -> None:
+        """Load the splits and hold out the validation split if the data set has none."""
         if self._splits is not None:
             return
         loaded = load_splits(self.path)
@@ -83,12 +87,15 @@ class ImageDataModule(LightningDataModule):
         self._splits = loaded
 
     def train_dataloader(self) -> DataLoader:
+        """Return the training split, shuffled and flipped at random."""
         return self._loader("train", train=True)
 
     def val_dataloader(self) -> DataLoader:
+        """Return the validation split in order."""
         return self._loader("validation")
 
     def test_dataloader(self) -> DataLoader:
+        """Return the test split, or the validation split if there is no test split, in order."""
         return self._loader("test")
 
     def _label_column(self, features: datasets.Features) -> str:
@@ -99,7 +106,7 @@ class ImageDataModule(LightningDataModule):
         if wanted not in labels:
             raise FileNotFoundError(
                 f"Expected {self.path} to have {wanted!r} as a column of class labels but its columns are "
-                f"{', '.join(features)}, of which {', '.join(labels) or 'none'} hold class labels."
+                f"{', '.join(features)}; {', '.join(labels) or 'none'} of them hold class labels."
             )
         return wanted
 
@@ -107,7 +114,7 @@ class ImageDataModule(LightningDataModule):
         assert self._splits is not None
         transform = v2.Compose(
             [
-                # Before it is a tensor: a palette's indices are no colours.
+                # Before the conversion to a tensor: the indices of a palette are not colors.
                 v2.RGB(),
                 v2.ToImage(),
                 v2.Resize((self.image_size, self.image_size), antialias=True),

@@ -1,4 +1,4 @@
-"""SQuAD 1.1 and 2.0."""
+"""SQuAD 1.1 (arXiv 1606.05250) and 2.0 (arXiv 1806.03822)."""
 
 import functools
 from collections.abc import Callable
@@ -6,39 +6,41 @@ from typing import Any, Literal
 
 from transformers import DataCollatorWithPadding
 
-from lalora_lightning.data.squad_windows import collate, tokenise
+from lalora_lightning.data.loading import load_splits
+from lalora_lightning.data.squad_windows import collate, tokenize
 from lalora_lightning.data.text import TextDataModule
-from lalora_lightning.hub import load_splits
 
-Version = Literal["1.1", "2.0"]
+__all__ = ["SquadDataModule", "SquadVersion"]
+
+SquadVersion = Literal["1.1", "2.0"]
 
 
 class SquadDataModule(TextDataModule):
-    """Questions and contexts, tokenised and padded batch by batch. The validation split is also what is tested on.
+    """Questions and contexts, tokenized once and padded batch by batch. The validation split is also the test split.
 
-    A context that is too long gives several overlapping windows, see :func:`tokenise`, and batches of the validation
-    split carry what turns a span of tokens into a scored answer, see :func:`collate`.
+    A long context is split into overlapping windows, see :func:`squad_windows.tokenize`. Batches of the validation
+    split also hold what scoring needs, see :func:`squad_windows.collate`.
 
     Args:
-        version: 2.0 has questions without answer.
+        version: Version 2.0 has questions without an answer.
         tokenizer: A model on the Hub or a local model folder, whose tokenizer is used.
         path: The data set on the Hub or a local folder.
-        max_length: Tokens in a window: question, piece of context and special tokens.
-        stride: Tokens of context that a window shares with the next.
-        batch_size: Windows in a batch, on each device.
+        max_length: Tokens in a window: question, part of the context and special tokens.
+        stride: Tokens of the context that a window shares with the next.
+        batch_size: Windows per batch and device.
         num_workers: Processes that prepare batches.
-        max_train_rows: Train on so many questions only, drawn at random with a fixed seed.
+        max_train_rows: Train on this many questions only, drawn at random with a fixed seed.
 
     Raises:
-        FileNotFoundError: From ``prepare_data`` and ``setup``: data set or tokenizer cannot be reached or found, or
-            a split or columns are missing.
-        ValueError: From the same: the model takes fewer tokens than ``max_length``, a question leaves too few for the
-            context to advance, or version 1.1 has a question without answer.
+        FileNotFoundError: In ``prepare_data`` and ``setup``: the data set or the tokenizer cannot be found or
+            downloaded, or a split or columns are missing.
+        ValueError: In ``prepare_data`` and ``setup``: the model accepts fewer tokens than ``max_length``, a question is
+            too long for a window, or version 1.1 has a question without an answer.
     """
 
     def __init__(
         self,
-        version: Version,
+        version: SquadVersion,
         tokenizer: str,
         path: str = "rajpurkar/squad",
         max_length: int = 384,
@@ -57,14 +59,15 @@ class SquadDataModule(TextDataModule):
 
     @property
     def no_answer(self) -> bool:
-        """Whether there are questions without answer."""
+        """Whether there are questions without an answer."""
         return self.version == "2.0"
 
-    def tokenise(self) -> dict[str, Any]:
+    def tokenize(self) -> dict[str, Any]:
+        """Split the contexts of the training and the validation split into tokenized windows."""
         if self.max_length > self.tokenizer.model_max_length:
             raise ValueError(
-                f"Expected max_length to be at most {self.tokenizer.model_max_length}, which is what "
-                f"{self.tokenizer_name} takes, but got {self.max_length}."
+                f"Expected max_length to be at most {self.tokenizer.model_max_length}, the longest input of "
+                f"{self.tokenizer_name}, but got {self.max_length}."
             )
         columns, needed = ("context", "question", "answers"), ("train", "validation")
         splits = load_splits(self.path, None, columns, needed, self.max_train_rows)
@@ -76,7 +79,7 @@ class SquadDataModule(TextDataModule):
         }
         return {
             split: splits[split].map(
-                functools.partial(tokenise, scored=split == "validation", **arguments),
+                functools.partial(tokenize, scored=split == "validation", **arguments),
                 batched=True,
                 with_indices=True,
                 remove_columns=splits[split].column_names,
@@ -85,4 +88,5 @@ class SquadDataModule(TextDataModule):
         }
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Return :func:`squad_windows.collate` with the padding of the tokenizer."""
         return functools.partial(collate, pad=DataCollatorWithPadding(self.tokenizer))

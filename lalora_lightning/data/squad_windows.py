@@ -1,4 +1,4 @@
-"""Long contexts in overlapping windows, as extractive question answering needs them."""
+"""Overlapping windows of long contexts, for extractive question answering."""
 
 from typing import Any
 
@@ -6,8 +6,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+__all__ = ["collate", "tokenize"]
 
-def tokenise(
+
+def tokenize(
     rows: dict[str, list],
     indices: list[int],
     tokenizer: PreTrainedTokenizerBase,
@@ -16,26 +18,31 @@ def tokenise(
     no_answer: bool,
     scored: bool,
 ) -> dict[str, list]:
-    """Windows of questions and contexts, with the tokens of the answer as labels; several where a context is long.
+    """Tokenize questions with their contexts and label the tokens of the answers; long contexts become several windows.
 
-    A window without the answer is labelled by its first token, as is a question without answer.
+    In a window without the answer, and for a question without an answer, the label is the first token.
 
     Args:
         rows: Columns of the data set; each answer is a dict of ``text`` and ``answer_start``.
         indices: Numbers of the rows.
-        tokenizer: A fast one, padding on the right.
+        tokenizer: A fast tokenizer that pads on the right.
         max_length: Tokens in a window.
-        stride: Tokens of context that a window shares with the next.
-        no_answer: Questions may have no answer.
-        scored: Add the columns ``question``, the number of the row, ``context``, ``references``, all answers, and
-            ``offsets``, first and one past the last character of each token, -1 outside the context.
+        stride: Tokens of the context that a window shares with the next.
+        no_answer: Whether questions may have no answer.
+        scored: Add the columns ``question`` (the number of the row), ``context``, ``references`` (all answers) and
+            ``offsets`` (the first character of each token and the one after its last; -1 outside the context).
+
+    Returns:
+        The columns of the windows, which may be more than the rows.
 
     Raises:
-        ValueError: A question leaves too few tokens for the context to advance, or has no answer but should.
+        ValueError: A question is too long for a window, or has no answer although ``no_answer`` is false.
     """
     # Some questions begin with many spaces.
     questions = [question.strip() for question in rows["question"]]
-    _check(questions, rows["answers"], tokenizer, max_length, stride, no_answer)
+    _require_room(questions, tokenizer, max_length, stride)
+    if not no_answer:
+        _require_answers(rows["answers"])
     encoded = tokenizer(
         questions,
         rows["context"],
@@ -66,8 +73,28 @@ def tokenise(
     return windows
 
 
+def collate(rows: list[dict[str, Any]], pad: DataCollatorWithPadding) -> dict[str, Any]:
+    """Return a padded batch of N windows.
+
+    Args:
+        rows: The windows.
+        pad: Pads the model's inputs.
+
+    Returns:
+        The model's inputs. For windows that are scored also ``question``, ``context`` and ``references``, lists of
+        length N, and ``offsets``, ``(N, T, 2)`` int64, padded with -1.
+    """
+    batch: dict[str, Any] = {}
+    if "offsets" in rows[0]:
+        rows = [dict(row) for row in rows]
+        offsets = [torch.tensor(row.pop("offsets")) for row in rows]
+        batch = {key: [row.pop(key) for row in rows] for key in ("question", "context", "references")}
+        batch["offsets"] = pad_sequence(offsets, batch_first=True, padding_value=-1)
+    return {**batch, **pad(rows)}
+
+
 def _span(offsets: list[tuple[int, int]], texts: list[str], starts: list[int]) -> tuple[int, int]:
-    """First and last token of the first answer; of a window without it twice the first token of all."""
+    """Return the first and last token of the first answer, or (0, 0) if the window does not hold it."""
     context = [token for token, (start, _) in enumerate(offsets) if start >= 0]
     if not texts or not context:
         return 0, 0
@@ -78,35 +105,21 @@ def _span(offsets: list[tuple[int, int]], texts: list[str], starts: list[int]) -
     return (inside[0], inside[-1]) if inside else (0, 0)
 
 
-def _check(
-    questions: list[str],
-    answers: list[dict[str, list]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    stride: int,
-    no_answer: bool,
-) -> None:
-    # The tokenizer itself would panic or advance by nothing.
+def _require_room(questions: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> None:
+    """Raise if a question leaves no more than ``stride`` tokens for the context, which the tokenizer does not check."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
     for question, tokens in zip(questions, tokenizer(questions, add_special_tokens=False)["input_ids"], strict=True):
-        if max_length - special - len(tokens) <= stride:
+        left = max_length - special - len(tokens)
+        if left <= stride:
             raise ValueError(
-                f"Expected a window to hold more context than the stride of {stride} but of max_length {max_length} "
-                f"only {max_length - special - len(tokens)} tokens are left beside {special} special ones and the "
-                f"{len(tokens)} of the question {question!r}."
+                f"Expected more tokens for the context than the stride of {stride} but max_length {max_length} leaves "
+                f"{left}, after {special} special tokens and the {len(tokens)} of the question {question!r}; increase "
+                "max_length or decrease stride."
             )
-    if not no_answer and not all(answer["text"] for answer in answers):
+
+
+def _require_answers(answers: list[dict[str, list]]) -> None:
+    if not all(answer["text"] for answer in answers):
         raise ValueError(
-            "Expected every question of version 1.1 to have an answer but some have none; give --data.version 2.0."
+            "Expected every question of SQuAD 1.1 to have an answer but some have none; set `version` to 2.0."
         )
-
-
-def collate(rows: list[dict[str, Any]], pad: DataCollatorWithPadding) -> dict[str, Any]:
-    """A padded batch of N windows; what they carry for scoring as lists, the offsets as ``(N, T, 2)`` int64."""
-    batch: dict[str, Any] = {}
-    if "offsets" in rows[0]:
-        rows = [dict(row) for row in rows]
-        offsets = [torch.tensor(row.pop("offsets")) for row in rows]
-        batch = {key: [row.pop(key) for row in rows] for key in ("question", "context", "references")}
-        batch["offsets"] = pad_sequence(offsets, batch_first=True, padding_value=-1)
-    return {**batch, **pad(rows)}

@@ -7,33 +7,34 @@ from typing import Any
 
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from lalora_lightning.data.loading import load_splits
 from lalora_lightning.data.text import TextDataModule
-from lalora_lightning.hub import load_splits
+
+__all__ = ["SummarizationDataModule"]
 
 
 class SummarizationDataModule(TextDataModule):
-    """A column of texts and a column of their summaries, tokenised and padded batch by batch.
+    """A column of texts and a column of summaries, tokenized once and padded batch by batch.
 
     Batches hold ``input_ids`` and ``attention_mask`` ``(N, S)``, ``labels`` ``(N, T)`` padded with -100, and
-    ``references``: the N summaries as text and in full length. Where the data set has no test split, the validation
-    split takes its place.
+    ``references``: the N summaries as text, not cut. Without a test split, the validation split is tested on.
 
     Args:
         path: The data set on the Hub, or a folder in the Hub's layout.
         tokenizer: A model on the Hub or a local model folder, whose tokenizer is used.
-        config: A configuration on the Hub; of a folder the subfolder of that name, if it has one.
-        source_column: Holds the texts.
-        target_column: Holds the summaries.
-        prefix: Put before every text; T5 knows its task by it.
-        max_source_length: Tokens; longer texts are cut.
-        max_target_length: Tokens; longer summaries are cut in the labels.
-        batch_size: Texts in a batch, on each device.
+        config: A configuration on the Hub, or the subfolder of that name in a local folder, if it has one.
+        source_column: The column of the texts.
+        target_column: The column of the summaries.
+        prefix: Put before every text; T5 recognizes its task by it.
+        max_source_length: Longer texts are cut to this many tokens.
+        max_target_length: Longer summaries are cut to this many tokens in the labels.
+        batch_size: Texts per batch and device.
         num_workers: Processes that prepare batches.
-        max_train_rows: Train on so many rows only, drawn at random with a fixed seed.
+        max_train_rows: Train on this many rows only, drawn at random with a fixed seed.
 
     Raises:
-        FileNotFoundError: From ``prepare_data`` and ``setup``: data set or tokenizer cannot be reached or found, or
-            columns or the train or validation split are missing.
+        FileNotFoundError: In ``prepare_data`` and ``setup``: the data set or the tokenizer cannot be found or
+            downloaded, or columns, the training split or the validation split are missing.
     """
 
     def __init__(
@@ -57,27 +58,29 @@ class SummarizationDataModule(TextDataModule):
         self.lengths = [max_source_length, max_target_length]
         self.max_train_rows = max_train_rows
 
-    def tokenise(self) -> dict[str, Any]:
+    def tokenize(self) -> dict[str, Any]:
+        """Tokenize the texts, with the prefix, and the summaries of all splits."""
         folder = Path(self.path)
         in_folder_itself = folder.is_dir() and not (folder / (self.config or "")).is_dir()
         config = None if in_folder_itself else self.config
         splits = load_splits(self.path, config, self.columns, ("train", "validation"), self.max_train_rows)
-        tokenise = functools.partial(
-            _tokenise, tokenizer=self.tokenizer, columns=self.columns, prefix=self.prefix, lengths=self.lengths
+        tokenize = functools.partial(
+            _tokenize, tokenizer=self.tokenizer, columns=self.columns, prefix=self.prefix, lengths=self.lengths
         )
         return {
-            split: rows.map(tokenise, batched=True, remove_columns=rows.column_names) for split, rows in splits.items()
+            split: rows.map(tokenize, batched=True, remove_columns=rows.column_names) for split, rows in splits.items()
         }
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """Return the function that pads texts and labels and keeps the references as text."""
         return functools.partial(_collate, pad=DataCollatorForSeq2Seq(self.tokenizer))
 
 
-def _tokenise(
+def _tokenize(
     rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, columns: tuple[str, str], prefix: str, lengths: list[int]
 ) -> dict[str, list]:
     texts, summaries = [prefix + text for text in rows[columns[0]]], rows[columns[1]]
-    # Encoder-decoders know no token types, which some tokenizers give unasked.
+    # Some tokenizers return token types by default, which encoder-decoder models do not accept.
     encoded = tokenizer(texts, truncation=True, max_length=lengths[0], return_token_type_ids=False)
     labels = tokenizer(text_target=summaries, truncation=True, max_length=lengths[1])["input_ids"]
     return {**encoded, "labels": labels, "references": summaries}

@@ -1,4 +1,4 @@
-"""What the data modules for text share: tokenised once, padded batch by batch."""
+"""What the data modules for text share: texts are tokenized once and padded batch by batch."""
 
 import os
 from collections.abc import Callable
@@ -10,22 +10,24 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer
 from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 
-from lalora_lightning.hub import load_pretrained
+from lalora_lightning.data.loading import load_pretrained
+
+__all__ = ["TextDataModule"]
 
 
 class TextDataModule(LightningDataModule):
-    """A data module whose subclasses say how to tokenise and how to make a batch.
+    """Base class of the data modules for text. Subclasses implement :meth:`tokenize` and :meth:`collator`.
 
-    Training batches hold texts of about one length, drawn anew for every epoch: less padding, in less time. Where there
-    is no test split, the validation split is tested on.
+    Training batches hold texts of similar length, which means less padding and shorter training; they are drawn again
+    for every epoch. Without a test split, the validation split is tested on.
 
     Args:
         tokenizer: A model on the Hub or a local model folder, whose tokenizer is used.
-        batch_size: Rows in a batch, on each device.
+        batch_size: Rows per batch and device.
         num_workers: Processes that prepare batches.
 
     Attributes:
-        splits: Tokenised rows by the name of their split, from ``setup`` on.
+        splits: Tokenized rows by the name of their split; empty before ``setup``.
     """
 
     def __init__(self, tokenizer: str, batch_size: int, num_workers: int) -> None:
@@ -35,28 +37,31 @@ class TextDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.splits: dict[str, Any] = {}
 
-    def tokenise(self) -> dict[str, Any]:
-        """The splits "train", "validation" and perhaps "test", ready for batches.
+    def tokenize(self) -> dict[str, Any]:
+        """Return the tokenized splits "train", "validation" and, where there is one, "test".
 
-        The functions it maps over rows take only what decides the outcome: the cache of datasets goes by it.
+        The functions mapped over the rows must only depend on what changes their result, because datasets caches
+        results by the function and its arguments.
         """
         raise NotImplementedError
 
     def collator(self) -> Callable[[list[dict[str, Any]]], Any]:
-        """Makes a batch of rows; can be sent to other processes."""
+        """Return a function that makes a batch of rows. It must be picklable."""
         raise NotImplementedError
 
     def prepare_data(self) -> None:
-        # What one process tokenises here, all read from the cache in setup.
+        """Tokenize in one process, so that all processes read from the cache in :meth:`setup`."""
         if not self.splits:
             self._load()
 
     def setup(self, stage: str) -> None:
+        """Load the tokenized splits."""
         self.splits = self.splits or self._load()
 
     def train_dataloader(self) -> DataLoader:
-        # Batches of the paper's sets drawn at random are 22% to 62% padding, these 1% to 4%. The Trainer would shuffle
-        # any other sampler in several processes; its own takes its seed from the same place.
+        """Return batches of texts of similar length, in random order."""
+        # On the paper's data sets, random batches are 22% to 62% padding, these are 1% to 4%. With several processes,
+        # the Trainer would replace any sampler that is not a DistributedSampler; its own uses the same seed.
         processes, rank = self.processes()
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         lengths = _lengths(self.splits["train"])
@@ -64,18 +69,20 @@ class TextDataModule(LightningDataModule):
         return self.loader("train", sampler=sampler)
 
     def val_dataloader(self) -> DataLoader:
+        """Return the validation split in order."""
         return self.loader("validation")
 
     def test_dataloader(self) -> DataLoader:
+        """Return the test split, or the validation split if there is no test split, in order."""
         return self.loader("test" if "test" in self.splits else "validation")
 
     def processes(self) -> tuple[int, int]:
-        """How many processes train, and which of them this is."""
+        """Return the number of training processes and the index of this one."""
         replica = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         return replica["num_replicas"], replica["rank"]
 
     def loader(self, split: str, sampler: Sampler | None = None, **arguments: Any) -> DataLoader:
-        """A loader of a split; ``arguments`` take the place of the usual ones of ``DataLoader``."""
+        """Return a loader of a split; ``arguments`` override the default arguments of ``DataLoader``."""
         usual = {"batch_size": self.batch_size, "collate_fn": self.collator()}
         return DataLoader(
             self.splits[split],
@@ -86,12 +93,12 @@ class TextDataModule(LightningDataModule):
         )
 
     def _load(self) -> dict[str, Any]:
-        # On the right, so that the first token of a text is never padding.
+        # Padded on the right, so that the first token of a text is never padding.
         self.tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name, padding_side="right")
-        return self.tokenise()
+        return self.tokenize()
 
 
 def _lengths(rows: Any) -> list[int]:
-    """Tokens of each row, read without making lists of them."""
+    """Return the number of tokens of each row, without converting the tokens to lists."""
     tables = rows.with_format("arrow").iter(10_000)
     return [n for table in tables for n in pyarrow.compute.list_value_length(table["input_ids"]).to_pylist()]

@@ -1,1 +1,1 @@
-"""LightningModules, one a domain. Import them from their files: each loads the libraries of its domain."""
+"""LightningModules, one per domain. Import each from its own file, which loads the libraries of its domain."""

@@ -4,13 +4,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lalora_lightning.hub import load_pretrained
+from lalora_lightning.data.loading import load_pretrained
+
+__all__ = ["load_backbone"]
 
 
 def load_backbone(
     auto_class: Any, name: str, gradient_checkpointing: bool = False, **arguments: Any
 ) -> PreTrainedModel:
-    """A pretrained model with the head of its task, in training mode.
+    """Load a pretrained model with the head of its task, in training mode.
 
     Args:
         auto_class: One of transformers' ``AutoModelFor...`` classes.
@@ -19,7 +21,7 @@ def load_backbone(
         arguments: Further arguments of ``from_pretrained``, such as ``num_labels`` or ``dtype``.
 
     Raises:
-        FileNotFoundError: The model cannot be reached or found, or is of a kind that has no such head.
+        FileNotFoundError: The model cannot be found or downloaded, or its architecture has no such head.
     """
     model = load_pretrained(auto_class, name, **arguments)
     if gradient_checkpointing:

@@ -6,30 +6,34 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForQuestionAnswering
 
-from lalora_lightning.data.squad_metric import Answer, SquadMetric
 from lalora_lightning.modules.backbone import load_backbone
+from lalora_lightning.modules.squad_metric import Answer, SquadMetric
 from lalora_lightning.modules.task import TaskModule
 
+__all__ = ["MAX_ANSWER_TOKENS", "QuestionAnsweringModule", "best_spans", "span_texts"]
+
 MAX_ANSWER_TOKENS = 30
+"""Longer spans are not considered as answers."""
 
 
 class QuestionAnsweringModule(TaskModule):
-    """A transformers model that marks the answer in its context, trained in full unless it is adapted.
+    """A transformers model that marks the answer in the context. All its parameters are trained unless it is adapted.
 
-    Batches are windows of contexts as :class:`SquadDataModule` gives them. Logs ``train/loss``, ``val/loss`` and, for
-    ``val/`` and ``test/``, the official scores in percent: ``exact_match`` and ``f1``, with ``no_answer`` also the
-    others of :func:`squad_scores`.
+    Batches are windows of contexts, as :class:`SquadDataModule` makes them. Logs ``train/loss``, ``val/loss`` and the
+    official scores in percent after ``val/`` and ``test/``: ``exact_match`` and ``f1``, and with ``no_answer`` the
+    other scores of :func:`squad_scores`.
 
     Args:
         name: A model on the Hub or a local model folder.
-        no_answer: Some questions have no answer: SQuAD 2.0, else 1.1. The score of none is that of the first token.
+        no_answer: Score as SQuAD 2.0, where questions may have no answer, instead of SQuAD 1.1. The score of no answer
+            is that of the first token.
         learning_rate: Peak of the schedule, see :class:`TaskModule`.
         weight_decay: Applied to matrices only.
-        warmup: Fraction of the run in which the learning rate rises.
+        warmup: Fraction of the run during which the learning rate rises.
         gradient_checkpointing: Recompute activations instead of keeping them.
 
     Raises:
-        FileNotFoundError: The model cannot be reached or found.
+        FileNotFoundError: The model cannot be found or downloaded.
     """
 
     def __init__(
@@ -46,23 +50,22 @@ class QuestionAnsweringModule(TaskModule):
         self.model = load_backbone(AutoModelForQuestionAnswering, name, gradient_checkpointing)
         self.val_metric, self.test_metric = SquadMetric(no_answer), SquadMetric(no_answer)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.model(**batch).loss
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log the loss and collect the answers."""
         self.log("val/loss", self._evaluate(batch, self.val_metric), batch_size=len(batch["question"]), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
+        """Log the scores of all answers."""
         # Every process has the same numbers.
         scores = self.val_metric.compute()
         self.log_dict({f"val/{name}": score for name, score in scores.items()}, sync_dist=True)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Collect the answers."""
         self._evaluate(batch, self.test_metric)
 
     def on_test_epoch_end(self) -> None:
+        """Log the scores of all answers."""
         scores = self.test_metric.compute()
         self.log_dict({f"test/{name}": score for name, score in scores.items()}, sync_dist=True)
 
@@ -72,7 +75,7 @@ class QuestionAnsweringModule(TaskModule):
             inputs.pop(key) for key in ("question", "context", "references", "offsets")
         )
         out = self.model(**inputs)
-        # Low precision would make many spans equal.
+        # In low precision many spans would have equal scores.
         start, end = out.start_logits.float(), out.end_logits.float()
         spans = best_spans(start, end, offsets[..., 0] >= 0)
         texts = span_texts(contexts, offsets, *spans[1:])
@@ -82,15 +85,15 @@ class QuestionAnsweringModule(TaskModule):
 
 
 def best_spans(start_logits: Tensor, end_logits: Tensor, in_context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The spans within the context, of at most 30 tokens, whose logits of start and end have the highest sum.
+    """Return the spans in the context with the highest sum of start and end logit, of at most 30 tokens.
 
     Args:
         start_logits: ``(N, T)``.
         end_logits: ``(N, T)``.
-        in_context: ``(N, T)`` bool, tokens that may be in an answer.
+        in_context: ``(N, T)`` bool, tokens that may be part of an answer.
 
     Returns:
-        Each ``(N,)``: the sums, -inf where there is no context, the first and the last token.
+        The sums (-inf for a window without context), the first tokens and the last tokens, each ``(N,)``.
     """
     tokens = start_logits.shape[1]
     sums = start_logits[:, :, None] + end_logits[:, None, :]
@@ -101,15 +104,15 @@ def best_spans(start_logits: Tensor, end_logits: Tensor, in_context: Tensor) -> 
 
 
 def span_texts(contexts: list[str], offsets: Tensor, first: Tensor, last: Tensor) -> list[str]:
-    """What stands in the contexts from the first to the last token.
+    """Return the text of the contexts from the first to the last token of each span.
 
     Args:
         contexts: N texts.
-        offsets: ``(N, T, 2)``, first and one past the last character of each token.
+        offsets: ``(N, T, 2)``, the first character of each token and the one after its last.
         first: ``(N,)`` int64.
         last: ``(N,)`` int64.
     """
     rows = torch.arange(len(contexts), device=offsets.device)
     starts, ends = offsets[rows, first, 0].tolist(), offsets[rows, last, 1].tolist()
-    # Some tokenizers count the space before a word as part of it.
+    # Some tokenizers count the space before a word as part of the token.
     return [context[start:end].strip() for context, start, end in zip(contexts, starts, ends, strict=True)]

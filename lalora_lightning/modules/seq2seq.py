@@ -1,4 +1,4 @@
-"""Sequence-to-sequence tasks, such as summarisation, with a transformers model."""
+"""Sequence-to-sequence tasks, such as summarization, with a transformers model."""
 
 from typing import Any
 
@@ -7,35 +7,39 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.functional.text import rouge_score
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from lalora_lightning.hub import load_pretrained
+from lalora_lightning.data.loading import load_pretrained
 from lalora_lightning.modules.backbone import load_backbone
 from lalora_lightning.modules.task import TaskModule
 
-# No rougeLsum: splitting sentences needs a download.
+__all__ = ["ROUGE_KEYS", "Seq2SeqModule"]
+
+# Without rougeLsum, whose sentence splitter needs a download.
 ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
+"""The scores that are logged."""
 
 
 class Seq2SeqModule(TaskModule):
-    """A transformers encoder-decoder that is scored on the text it generates, trained in full unless it is adapted.
+    """A transformers encoder-decoder, scored on the text it generates. All its parameters are trained unless adapted.
 
-    Batches hold ``input_ids`` and ``attention_mask`` ``(N, S)``, ``labels`` ``(N, T)`` padded with -100, which the loss
-    ignores, and to evaluate ``references``, N texts; without them the labels are decoded. Logs ``train/loss``,
-    ``val/loss`` and, for ``val/`` and ``test/``, ``rouge1``, ``rouge2`` and ``rougeL``: the mean F1 of the texts with
-    Porter stemming, from 0 to 100.
+    Batches hold ``input_ids`` and ``attention_mask`` ``(N, S)`` and ``labels`` ``(N, T)`` padded with -100, which the
+    loss ignores. Validation and test batches may hold ``references``, N texts; without them the labels are decoded.
+
+    Logs ``train/loss``, ``val/loss`` and, after ``val/`` and ``test/``, ``rouge1``, ``rouge2`` and ``rougeL``: the mean
+    F1 of the texts with Porter stemming, from 0 to 100.
 
     Args:
         name: A model on the Hub or a local model folder, with its tokenizer.
         learning_rate: Peak of the schedule, see :class:`TaskModule`.
         weight_decay: Applied to matrices only.
-        warmup: Fraction of the run in which the learning rate rises.
-        max_new_tokens: Longest text that is generated, in tokens.
+        warmup: Fraction of the run during which the learning rate rises.
+        max_new_tokens: Generated texts have at most this many tokens.
         num_beams: Beams of the search in testing; 1 is greedy.
-        val_beams: Beams of the search in validation, which happens often.
+        val_beams: Beams of the search in validation, which is more frequent.
         generation: Further arguments of ``generate``, such as ``no_repeat_ngram_size``.
         gradient_checkpointing: Recompute activations instead of keeping them.
 
     Raises:
-        FileNotFoundError: The model or its tokenizer cannot be reached or found.
+        FileNotFoundError: The model or its tokenizer cannot be found or downloaded.
     """
 
     def __init__(
@@ -52,30 +56,32 @@ class Seq2SeqModule(TaskModule):
     ) -> None:
         super().__init__(learning_rate, weight_decay, warmup)
         self.save_hyperparameters()
-        self.model: Any = load_backbone(AutoModelForSeq2SeqLM, name, gradient_checkpointing)
+        self.model = load_backbone(AutoModelForSeq2SeqLM, name, gradient_checkpointing)
         self.tokenizer = load_pretrained(AutoTokenizer, name)
         self.num_beams, self.val_beams = num_beams, val_beams
         self.generation = {"max_new_tokens": max_new_tokens, **(generation or {})}
-        # Sums, not lists of scores: they stay small, and processes may see different numbers of texts.
+        # Sums instead of lists of scores: they need no memory per text, and processes may see different numbers of
+        # texts.
         rouge = MetricCollection({key: MeanMetric() for key in ROUGE_KEYS}, compute_groups=False)
         self.val_metrics, self.test_metrics = rouge.clone(prefix="val/"), rouge.clone(prefix="test/")
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self._loss(batch)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """Return the model's loss; the references are not among its inputs."""
+        return self.model(**{key: value for key, value in batch.items() if key != "references"}).loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self.log("val/loss", self._loss(batch), batch_size=len(batch["labels"]), sync_dist=True)
+        """Log the loss and the ROUGE scores of the generated texts."""
+        self.log("val/loss", self.loss(batch), batch_size=len(batch["labels"]), sync_dist=True)
         self._score(batch, self.val_beams, self.val_metrics)
         self.log_dict(self.val_metrics, prog_bar=True)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Log the ROUGE scores of the generated texts."""
         self._score(batch, self.num_beams, self.test_metrics)
         self.log_dict(self.test_metrics)
 
     def generate(self, batch: dict[str, Any], num_beams: int) -> list[str]:
-        """What the model writes for a batch: N texts without special tokens."""
+        """Return the N texts that the model generates for a batch, without special tokens."""
         tokens = self.model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -83,9 +89,6 @@ class Seq2SeqModule(TaskModule):
             **self.generation,
         )
         return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-    def _loss(self, batch: dict[str, Any]) -> Tensor:
-        return self.model(**{key: value for key, value in batch.items() if key != "references"}).loss
 
     def _score(self, batch: dict[str, Any], num_beams: int, metrics: MetricCollection) -> None:
         texts, references = self.generate(batch, num_beams), batch.get("references")

@@ -14,24 +14,26 @@ from transformers import AutoModelForSequenceClassification
 from lalora_lightning.modules.backbone import load_backbone
 from lalora_lightning.modules.task import TaskModule
 
+__all__ = ["SequenceClassificationModule"]
+
 
 class SequenceClassificationModule(TaskModule):
-    """A transformers encoder or decoder with a classification head, trained in full unless it is adapted.
+    """A transformers model with a classification head. All its parameters are trained unless it is adapted.
 
-    Batches are what a tokenizer gives, padded, with ``labels``: ``(N,)`` int64 classes or float targets. Logs
-    ``train/loss``, ``val/loss`` and, for ``val/`` and ``test/``, ``accuracy`` and ``matthews``, with two classes also
-    ``f1`` of class 1, or for regression ``pearson`` and ``spearman``.
+    Batches hold the output of a tokenizer, padded, and ``labels``: ``(N,)`` int64 classes or float targets. Logs
+    ``train/loss``, ``val/loss`` and, after ``val/`` and ``test/``: ``accuracy`` and ``matthews``, with two classes also
+    ``f1`` of class 1; for regression ``pearson`` and ``spearman``.
 
     Args:
         name: A model on the Hub or a local model folder.
-        num_labels: Number of classes; 1 is regression by mean squared error.
+        num_labels: Number of classes; 1 is regression with the mean squared error.
         learning_rate: Peak of the schedule, see :class:`TaskModule`.
         weight_decay: Applied to matrices only.
-        warmup: Fraction of the run in which the learning rate rises.
+        warmup: Fraction of the run during which the learning rate rises.
         gradient_checkpointing: Recompute activations instead of keeping them.
 
     Raises:
-        FileNotFoundError: The model cannot be reached or found.
+        FileNotFoundError: The model cannot be found or downloaded.
     """
 
     def __init__(
@@ -51,22 +53,19 @@ class SequenceClassificationModule(TaskModule):
         metrics = _metrics(num_labels)
         self.val_metrics, self.test_metrics = metrics.clone(prefix="val/"), metrics.clone(prefix="test/")
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = self.model(**batch).loss
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
-
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the loss and the metrics."""
         self.log("val/loss", self._evaluate(batch, self.val_metrics), batch_size=len(batch["labels"]), sync_dist=True)
         self.log_dict(self.val_metrics, prog_bar=True)
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the metrics."""
         self._evaluate(batch, self.test_metrics)
         self.log_dict(self.test_metrics)
 
     def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection) -> Tensor:
         out = self.model(**batch)
-        # Correlations are sums over all examples: low precision would lose them.
+        # Correlations sum over all examples, which needs float32.
         predictions = out.logits.float().squeeze(-1) if out.logits.shape[-1] == 1 else out.logits.argmax(-1)
         metrics.update(predictions, batch["labels"])
         return out.loss

@@ -28,7 +28,7 @@ def row(question: str, answer: str) -> dict[str, str]:
 
 
 def rows(many: int, kind: str = "true/false") -> list[dict[str, str]]:
-    """Questions of different lengths; the right answers of boolq are those of RIGHT, over and over."""
+    """Questions of different lengths; the correct answers of boolq repeat RIGHT."""
     texts = [f"Question {i}: is it" + " so" * (i % 7 * 3) + f"?\n\nAnswer format: {kind}" for i in range(many)]
     answers = RIGHT if kind == "true/false" else kind.split("/")
     return [row(text, answers[i % len(answers)]) for i, text in enumerate(texts)]
@@ -43,7 +43,7 @@ def write(folder: Path, train: int = 20, **tests: list[dict[str, str]]) -> Path:
 
 
 def build_model(folder: Path, **config: object) -> Path:
-    """A tiny LLaMA with a byte-level tokenizer that, as LLaMA's, begins texts and knows no padding."""
+    """Save a tiny LLaMA with a byte-level tokenizer; like LLaMA's, it begins texts with a token and has no padding."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,7 +77,7 @@ def load(folder: Path, tokenizer: str, **arguments: object) -> CommonsenseDataMo
     return data
 
 
-def test_the_answer_alone_is_learnt_and_the_end_after_it(tmp_path: Path, model: str):
+def test_labels_are_the_answer_and_the_end_of_text(tmp_path: Path, model: str):
     data = load(write(tmp_path, boolq=rows(5)), model, max_length=512)
     tokenizer = AutoTokenizer.from_pretrained(model)
     by_question = {r["instruction"]: r["output"] for r in rows(20)}
@@ -94,15 +94,15 @@ def test_the_answer_alone_is_learnt_and_the_end_after_it(tmp_path: Path, model: 
                     "<s>Below is an instruction that describes a task. Write a response that appropriately completes "
                     f"the request.\n\n### Instruction:\n{question}\n\n### Response:\n{by_question[question]}</s>"
                 )
-                learnt = labels != -100
-                assert tokenizer.decode(labels[learnt]) == by_question[question] + "</s>"
-                assert torch.equal(labels[learnt], ids[learnt])
-                assert not learnt[length:].any()
+                labeled = labels != -100
+                assert tokenizer.decode(labels[labeled]) == by_question[question] + "</s>"
+                assert torch.equal(labels[labeled], ids[labeled])
+                assert not labeled[length:].any()
                 seen.add(question)
     assert seen == set(by_question)
 
 
-def test_a_prompt_that_is_too_long_loses_its_start(tmp_path: Path, model: str):
+def test_a_long_prompt_loses_its_beginning(tmp_path: Path, model: str):
     data = load(write(tmp_path, boolq=rows(5)), model, max_length=40)
     tokenizer = AutoTokenizer.from_pretrained(model)
     for batch in data.train_dataloader():
@@ -115,7 +115,7 @@ def test_a_prompt_that_is_too_long_loses_its_start(tmp_path: Path, model: str):
                 "the correct answer is true</s>",
                 "the correct answer is false</s>",
             )
-    # What is tested on keeps its length.
+    # Test prompts are not cut.
     assert min(len(ids) for ids in data.test_dataloader().dataset["input_ids"]) > 40
 
 
@@ -145,7 +145,7 @@ def test_held_out_rows_are_the_same_every_time(tmp_path: Path, model: str):
     assert not set(map(tuple, held_out)) & set(map(tuple, data.train_dataloader().dataset["input_ids"]))
 
 
-def test_batches_hold_texts_of_one_length_and_every_row_once(tmp_path: Path, model: str):
+def test_batches_hold_texts_of_similar_length_and_every_row_once(tmp_path: Path, model: str):
     data = load(write(tmp_path, train=205, boolq=rows(5)), model)
     loader = data.train_dataloader()
     lengths = [len(ids) for ids in loader.dataset["input_ids"]]
@@ -168,13 +168,13 @@ def test_processes_share_the_rows(tmp_path: Path, model: str):
         data.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 2, "rank": rank})
         trained.append(list(data.train_dataloader().sampler))
         tested.append(list(data.test_dataloader().sampler))
-    # 15 rows for training, of which one is seen twice, but each of the 5 for testing once.
+    # One of the 15 training rows is seen twice, each of the 5 test rows once.
     assert [len(indices) for indices in trained] == [8, 8]
     assert set(trained[0]) | set(trained[1]) == set(range(15))
     assert tested == [[0, 2, 4], [1, 3]]
 
 
-def test_what_is_tokenised_once_is_read_from_the_cache(tmp_path: Path, model: str):
+def test_tokenized_rows_are_read_from_the_cache(tmp_path: Path, model: str):
     cache = Path(datasets.config.HF_DATASETS_CACHE)
     load(write(tmp_path, boolq=rows(5), piqa=rows(4, "solution1/solution2")), model)
     files = {file: file.stat().st_mtime_ns for file in cache.rglob("*.arrow")}
@@ -185,7 +185,7 @@ def test_what_is_tokenised_once_is_read_from_the_cache(tmp_path: Path, model: st
     assert len(list(cache.rglob("*.arrow"))) > len(files)
 
 
-def test_test_sets_as_llm_adapters_has_them(tmp_path: Path, model: str):
+def test_test_sets_in_the_layout_of_llm_adapters(tmp_path: Path, model: str):
     for name, kind in (("ARC-Easy", "answer1/answer2/answer3"), ("hellaswag", "ending1/ending2"), ("gsm8k", "1/2")):
         (tmp_path / "dataset" / name).mkdir(parents=True)
         (tmp_path / "dataset" / name / "test.json").write_text(json.dumps(rows(3, kind)))
@@ -195,20 +195,20 @@ def test_test_sets_as_llm_adapters_has_them(tmp_path: Path, model: str):
     assert batch["answer"] == ["ending1", "ending2", "ending1", "answer1", "answer2", "answer3"]
 
 
-def test_what_is_missing_is_named(tmp_path: Path, model: str):
+def test_errors_name_what_is_missing(tmp_path: Path, model: str):
     folder = write(tmp_path / "data", boolq=rows(5), piqa=rows(4))
     with pytest.raises(
-        FileNotFoundError, match=r"test sets of hellaswag in .*data/test but it has boolq, piqa\. .*--data.test_path"
+        FileNotFoundError, match=r"test sets of hellaswag in .*data/test but it has boolq, piqa; set `test_path`"
     ):
         load(folder, model, tasks=["boolq", "hellaswag"])
-    with pytest.raises(FileNotFoundError, match=r"of bolq in .* the task one of boolq, piqa, social_i_qa, hellaswag"):
+    with pytest.raises(FileNotFoundError, match=r"of bolq in .* <task> is one of boolq, piqa, social_i_qa, hellaswag"):
         load(folder, model, tasks=["bolq"])
     with pytest.raises(FileNotFoundError, match=r"commonsense tasks in zwhe99/commonsense_170k/test but it has none"):
         CommonsenseDataModule(model).prepare_data()
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"Expected the folder .*empty to have train.parquet"):
         load(tmp_path / "empty", model, test_path=str(folder / "test"))
-    with pytest.raises(FileNotFoundError, match=r"Cannot load '.*empty' by AutoTokenizer"):
+    with pytest.raises(FileNotFoundError, match=r"Cannot load '.*empty' with AutoTokenizer"):
         load(folder, str(tmp_path / "empty"))
     datasets.Dataset.from_dict({"instruction": ["a"], "label": [0]}).to_parquet(folder / "test" / "piqa.parquet")
     with pytest.raises(
@@ -225,5 +225,5 @@ def test_no_network(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     folder = write(tmp_path, boolq=rows(5))
-    with pytest.raises(FileNotFoundError, match=r"'zwhe99/commonsense_170k'.*give --data.path a local folder"):
+    with pytest.raises(FileNotFoundError, match=r"'zwhe99/commonsense_170k'.*set `path` to a local folder"):
         CommonsenseDataModule(model, test_path=str(folder / "test")).prepare_data()

@@ -16,7 +16,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> str:
-    """A tokenizer of whole words, [CLS] first and [SEP] after each text, as a local model folder."""
+    """Save a tokenizer of whole words, with [CLS] first and [SEP] after each text."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "b", "c", "d"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -63,7 +63,7 @@ def test_regression_keeps_its_targets(tokenizer: str, tmp_path: Path):
     assert data.num_labels == 1
 
 
-def test_max_train_rows_cuts_training_only_and_always_alike(tokenizer: str, tmp_path: Path):
+def test_max_train_rows_draws_the_same_training_rows_every_time(tokenizer: str, tmp_path: Path):
     path = write(tmp_path / "glue", "cola", sentence=list("abcd") * 5, label=[0, 1] * 10)
     data = load(tokenizer, path, "cola", max_train_rows=6)
     assert len(data.train_dataloader().dataset) == 6
@@ -83,14 +83,14 @@ def test_prepared_data_are_read_from_the_cache(tokenizer: str, tmp_path: Path):
 
 def test_what_is_missing_is_said(tokenizer: str, tmp_path: Path):
     path = write(tmp_path / "glue", "cola", sentence=["a"], label=[0])
-    with pytest.raises(FileNotFoundError, match=r"Cannot load the data set '.*glue/rte'.*--data.path"):
+    with pytest.raises(FileNotFoundError, match=r"Cannot load the data set '.*glue/rte'.*`path`"):
         load(tokenizer, path, "rte")
     write(tmp_path / "glue", "qnli", sentence=["a"], label=[0])
     with pytest.raises(
         FileNotFoundError, match="to have the columns question, sentence, label but its columns are sent"
     ):
         load(tokenizer, path, "qnli")
-    with pytest.raises(FileNotFoundError, match=r"by AutoTokenizer .*--model.name"):
+    with pytest.raises(FileNotFoundError, match=r"with AutoTokenizer .*`name`"):
         load(str(tmp_path / "nothing"), path, "cola")
 
 

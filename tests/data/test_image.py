@@ -19,7 +19,7 @@ def image(shade: int) -> Image.Image:
 
 
 def write(folder: Path, label: str = "label", **splits: int) -> Path:
-    """Parquet in the Hub's layout; image i has the shade 10 i and the label i % 2."""
+    """Write parquet in the Hub's layout; image i has the shade 10 i and the label i % 2."""
     features = datasets.Features({"img": datasets.Image(), label: datasets.ClassLabel(names=["even", "odd"])})
     for split, rows in splits.items():
         data = {"img": [image(10 * i % 256) for i in range(rows)], label: [i % 2 for i in range(rows)]}
@@ -43,7 +43,7 @@ def test_parquet_in_the_hubs_layout(tmp_path: Path):
     assert images.dtype == torch.float32
     torch.testing.assert_close(images[:, 0, 0, 0], torch.tensor([0.0, 10.0, 20.0, 30.0]) / 255)
     assert labels.tolist() == [0, 1, 0, 1]
-    # A tenth of the training split is held out, the same every time.
+    # A tenth of the training split is held out, always the same rows.
     sizes = [len(loader.dataset) for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader())]
     assert sizes == [18, 2, 6]
     again = load(tmp_path)
@@ -86,9 +86,9 @@ def test_of_several_label_columns_the_one_with_most_classes(tmp_path: Path):
         load(tmp_path, label_column="label")
 
 
-def test_folders_that_lack_something(tmp_path: Path):
+def test_incomplete_folders(tmp_path: Path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"Cannot load the data set '.*empty'.*--data.path"):
+    with pytest.raises(FileNotFoundError, match=r"Cannot load the data set '.*empty'.*`path`"):
         load(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match=r"Expected .* to have a train split but its splits are test"):
         load(write(tmp_path / "no-train", test=3))
@@ -101,21 +101,19 @@ def test_folders_that_lack_something(tmp_path: Path):
 def test_no_network(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        FileNotFoundError, match=r"'nobody/nothing'.*Without a network, give --data.path a local folder"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"'nobody/nothing'.*Without a network, set `path` to a local folder"):
         ImageDataModule("nobody/nothing").prepare_data()
 
 
-def test_images_of_every_kind_become_colours(tmp_path: Path):
+def test_images_of_all_modes_become_rgb(tmp_path: Path):
     red = Image.new("RGB", (6, 6), (255, 0, 0))
     kinds = {"p": red.convert("P"), "rgba": red.convert("RGBA"), "l": Image.new("L", (6, 6), 51)}
     for split in ("train", "test"):
-        for name, picture in kinds.items():
+        for name, red_image in kinds.items():
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(2):
-                picture.save(tmp_path / split / name / f"{i}.png")
+                red_image.save(tmp_path / split / name / f"{i}.png")
     images, labels = next(iter(load(tmp_path, batch_size=6, val_fraction=0.5).test_dataloader()))
-    colours = dict(zip(labels.tolist(), images[:, :, 0, 0].tolist(), strict=True))
-    # Sorted by name: grey, palette, with transparency.
-    assert colours == {0: pytest.approx([0.2, 0.2, 0.2]), 1: [1, 0, 0], 2: [1, 0, 0]}
+    colors = dict(zip(labels.tolist(), images[:, :, 0, 0].tolist(), strict=True))
+    # Sorted by name: gray, palette, with transparency.
+    assert colors == {0: pytest.approx([0.2, 0.2, 0.2]), 1: [1, 0, 0], 2: [1, 0, 0]}

@@ -23,7 +23,7 @@ def tokenizer(tmp_path: Path) -> str:
 
 
 def save_tokenizer(folder: Path, words: Iterable[str]) -> str:
-    """A tokenizer of whole words as a local model folder: <pad> 0, </s> 1, <unk> 2, then the words; </s> ends texts."""
+    """Save a tokenizer of whole words: <pad> 0, </s> 1, <unk> 2, then the words. It ends texts with </s>."""
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -48,15 +48,15 @@ def load(path: str, tokenizer: str, **arguments: object) -> SummarizationDataMod
     return data
 
 
-def test_texts_get_the_prefix_are_cut_and_padded(tokenizer: str, tmp_path: Path):
+def test_texts_are_prefixed_cut_and_padded(tokenizer: str, tmp_path: Path):
     data = load(write(tmp_path, **ROWS), tokenizer, prefix="d ", max_source_length=6, max_target_length=4)
     (batch,) = data.val_dataloader()
-    # What is cut still ends in </s>.
+    # A text that is cut still ends in </s>.
     assert batch["input_ids"].tolist() == [[6, 3, 4, 1, 0, 0], [6, 5, 6, 3, 4, 1]]
     assert batch["attention_mask"].tolist() == [[1] * 4 + [0] * 2, [1] * 6]
     assert batch["labels"].tolist() == [[2, 4, 1, -100], [6, 5, 4, 1]]
     assert batch["labels"].dtype == torch.int64
-    # The text to compare with has lost nothing: neither its end nor the word that the tokenizer does not know.
+    # References are complete: they keep their end and the words that the tokenizer does not know.
     assert batch["references"] == ["a, b", "d c b a"]
     assert set(batch) == {"input_ids", "attention_mask", "labels", "references"}
 
@@ -66,7 +66,7 @@ def test_the_prefix_is_t5s_by_default(tokenizer: str, tmp_path: Path):
     assert batch["input_ids"][0].tolist() == [2, 3, 4, 1] + [0] * 6
 
 
-def test_columns_of_another_name(tokenizer: str, tmp_path: Path):
+def test_columns_with_other_names(tokenizer: str, tmp_path: Path):
     path = write(tmp_path, id=["x"], dialogue=["a b c"], summary=["b"])
     data = load(path, tokenizer, source_column="dialogue", target_column="summary", prefix="")
     (batch,) = data.train_dataloader()
@@ -89,7 +89,7 @@ def test_without_a_test_split_the_validation_split_is_tested_on(tokenizer: str, 
     assert [batch["references"] for batch in data.test_dataloader()] == [["b"]]
 
 
-def test_a_part_of_the_training_rows_is_the_same_every_time(tokenizer: str, tmp_path: Path):
+def test_max_train_rows_draws_the_same_rows_every_time(tokenizer: str, tmp_path: Path):
     path = write(tmp_path, article=["a"] * 50, highlights=[str(i) for i in range(50)])
     first, second = (
         [row["references"] for row in load(path, tokenizer, max_train_rows=5).train_dataloader().dataset]
@@ -110,7 +110,7 @@ def test_training_rows_are_shuffled_and_others_are_not(tokenizer: str, tmp_path:
     assert val["references"] == names
 
 
-def test_what_is_tokenised_once_is_read_from_the_cache(tokenizer: str, tmp_path: Path):
+def test_tokenized_rows_are_read_from_the_cache(tokenizer: str, tmp_path: Path):
     path = write(tmp_path / "data", **ROWS)
 
     def cached() -> set[str]:
@@ -124,7 +124,7 @@ def test_what_is_tokenised_once_is_read_from_the_cache(tokenizer: str, tmp_path:
     assert {file: Path(file).stat().st_mtime_ns for file in first} == written
 
 
-def test_folders_that_lack_something(tokenizer: str, tmp_path: Path):
+def test_incomplete_folders(tokenizer: str, tmp_path: Path):
     with pytest.raises(
         FileNotFoundError, match=r"the columns article, highlights but its columns are dialogue, summary\."
     ):
@@ -134,7 +134,7 @@ def test_folders_that_lack_something(tokenizer: str, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"have a validation split but its splits are train, test\."):
         load(write(tmp_path / "no-validation", ["train", "test"], **ROWS), tokenizer)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"Cannot load the data set '.*empty'.*--data.path"):
+    with pytest.raises(FileNotFoundError, match=r"Cannot load the data set '.*empty'.*`path`"):
         load(str(tmp_path / "empty"), tokenizer)
-    with pytest.raises(FileNotFoundError, match=r"Cannot load '.*none' by AutoTokenizer.*--model.name"):
+    with pytest.raises(FileNotFoundError, match=r"Cannot load '.*none' with AutoTokenizer.*`name`"):
         load(write(tmp_path / "data", **ROWS), str(tmp_path / "none"))

@@ -14,7 +14,7 @@ from tests.data.test_commonsense import _cache, build_model, load, row, write  #
 from tests.test_callback import new_trainer
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "commonsense"
-# The patterns of LLM-Adapters, by which it takes the first match.
+# The patterns of LLM-Adapters, which uses the first match.
 PATTERNS = {
     "boolq": r"true|false",
     "piqa": r"solution1|solution2",
@@ -32,10 +32,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(build_model(tmp_path_factory.mktemp("model")))
 
 
-def tokenise(folder: str, prompt: str, answer: str = "") -> tuple[list[int], list[int]]:
+def tokenize(folder: str, prompt: str, answer: str = "") -> tuple[list[int], list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    learnt = tokenizer(answer, add_special_tokens=False)["input_ids"] + [2] if answer else []
-    return tokenizer(prompt)["input_ids"], learnt
+    labels = tokenizer(answer, add_special_tokens=False)["input_ids"] + [2] if answer else []
+    return tokenizer(prompt)["input_ids"], labels
 
 
 def batch_of(*examples: tuple[list[int], list[int]]) -> dict[str, Tensor]:
@@ -50,17 +50,17 @@ def batch_of(*examples: tuple[list[int], list[int]]) -> dict[str, Tensor]:
 
 
 def answer_losses(folder: str, prompt: list[int], answer: list[int]) -> list[float]:
-    """Minus the log of the probability that the model gives each token of the answer, one text at a time."""
+    """Negative log-likelihood of each token of the answer, one text at a time."""
     with torch.no_grad():
         probabilities = LlamaForCausalLM.from_pretrained(folder)(torch.tensor([prompt + answer])).logits[0].softmax(-1)
     return [-float(probabilities[len(prompt) - 1 + i, token].log()) for i, token in enumerate(answer)]
 
 
-def test_the_loss_is_the_cross_entropy_of_the_answers_tokens(tmp_path: Path, folder: str):
+def test_the_loss_is_the_cross_entropy_of_the_answer(tmp_path: Path, folder: str):
     examples = [
-        tokenise(folder, "### Instruction:\nis it?\n\n### Response:\n", "the correct answer is true"),
-        tokenise(folder, "### Instruction:\nis it so or is it not?\n\n### Response:\n", "false"),
-        tokenise(folder, "so?", "true"),
+        tokenize(folder, "### Instruction:\nis it?\n\n### Response:\n", "the correct answer is true"),
+        tokenize(folder, "### Instruction:\nis it so or is it not?\n\n### Response:\n", "false"),
+        tokenize(folder, "so?", "true"),
     ]
     losses = [answer_losses(folder, *example) for example in examples]
     assert len(losses[0]) > len(losses[1]) > 1
@@ -68,18 +68,18 @@ def test_the_loss_is_the_cross_entropy_of_the_answers_tokens(tmp_path: Path, fol
     batches = [batch_of(*examples[:2]), batch_of(examples[2])]
     first = losses[0] + losses[1]
     assert module.model(**batches[0]).loss.item() == pytest.approx(sum(first) / len(first), rel=1e-5)
-    # The validation loss is the mean over all tokens learnt, not over batches.
+    # The validation loss is the mean over all labeled tokens, not over batches.
     trainer = new_trainer(tmp_path)
     (scores,) = trainer.validate(module, torch.utils.data.DataLoader(batches, batch_size=None), verbose=False)
     every = first + losses[2]
     assert scores["val/loss"] == pytest.approx(sum(every) / len(every), rel=1e-5)
 
 
-def test_answers_are_the_likeliest_tokens_whatever_else_is_in_the_batch(tmp_path: Path):
+def test_answers_are_greedy_and_do_not_depend_on_the_batch(tmp_path: Path):
     path = build_model(tmp_path, initializer_range=0.3)
-    # As of LLaMA 2: left to itself it would draw at random.
+    # Samples at random by default, as LLaMA 2 does.
     GenerationConfig(do_sample=True, temperature=5.0, bos_token_id=1, eos_token_id=2).save_pretrained(path)
-    prompts = [tokenise(str(path), text)[0] for text in ("so?", "is it so or is it not, and if not, why?", "is it")]
+    prompts = [tokenize(str(path), text)[0] for text in ("so?", "is it so or is it not, and if not, why?", "is it")]
     model, tokenizer = LlamaForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     expected = []
     for prompt in prompts:
@@ -106,7 +106,7 @@ def test_learns_to_answer_with_the_callback(tmp_path: Path):
     datasets.Dataset.from_list(many).to_parquet(folder / "train.parquet")
     data = load(folder, path, batch_size=6, val_rows=8)
     module = CausalLMModule(path, data.test_tasks, learning_rate=0.007, warmup=0.1)
-    # Random weights know no language: what they read and say has to be learnt, too.
+    # The weights are random, so the embeddings must be trained as well.
     targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     callback = LaLoraCallback(rank=8, target_modules=targets, modules_to_save=["embed_tokens", "lm_head"])
     trainer = new_trainer(tmp_path, callback, max_epochs=1)
@@ -129,7 +129,7 @@ def test_the_average_is_over_tasks_not_over_questions(tmp_path: Path, folder: st
     trainer = new_trainer(tmp_path)
     expected = {"test/boolq": 0.5, "test/piqa": 0.0, "test/average": 0.25}
     assert trainer.test(module, data, verbose=False) == [expected]
-    # Nothing is left over from a test before, and a task of which nothing is tested counts for nothing.
+    # The metrics are reset, and a task without rows does not count.
     said = iter(["false", "true", "true", "false", "solution2"])
     expected = {"test/boolq": 0.75, "test/piqa": 1.0, "test/average": 0.875}
     assert trainer.test(module, data, verbose=False) == [expected]
@@ -171,7 +171,7 @@ def test_real_answers_are_matched():
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="without the real data")
 def test_real_prompts_are_scored_by_what_follows_them(tmp_path: Path, folder: str, monkeypatch: pytest.MonkeyPatch):
-    """The prompts hold every answer word themselves: only what is generated may be searched."""
+    """The prompts contain every answer word: only the generated text may be searched."""
     tests = {}
     for file in sorted((REAL / "test").glob("*.parquet")):
         tests[file.stem] = datasets.Dataset.from_parquet(str(file)).select(range(50)).to_list()

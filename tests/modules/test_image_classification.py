@@ -19,7 +19,7 @@ def build(**arguments: object) -> ImageClassificationModule:
     )
 
 
-def test_learns_to_tell_colours_apart_with_the_callback(tmp_path: Path):
+def test_learns_to_tell_colors_apart_with_the_callback(tmp_path: Path):
     torch.manual_seed(0)
     labels = torch.arange(60) % 3
     images = torch.rand(60, 3, 16, 16) / 2
@@ -34,7 +34,7 @@ def test_learns_to_tell_colours_apart_with_the_callback(tmp_path: Path):
     assert trainer.callback_metrics["test/accuracy"] == 1.0
 
 
-def test_images_are_standardised_as_the_weights_expect():
+def test_images_are_normalized_as_the_weights_expect():
     module = build()
     assert module.mean.flatten().tolist() == [0.5, 0.5, 0.5]
     images = torch.rand(2, 3, 16, 16)
@@ -50,12 +50,12 @@ def test_weights_come_from_a_local_file_with_a_new_head(tmp_path: Path):
     assert module.model.head.out_features == 3
 
 
-def test_weights_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(FileNotFoundError, match=r"--model.checkpoint to name a file of weights but .*none.bin is none"):
+def test_weights_that_cannot_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(FileNotFoundError, match=r"`checkpoint` to be a file of weights but .*none.bin is not a file"):
         build(checkpoint=str(tmp_path / "none.bin"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"Cannot load the pretrained weights of vit_tiny.*--model.checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"Cannot load the pretrained weights of vit_tiny.*`checkpoint`"):
         build(pretrained=True)
 
 
@@ -69,9 +69,9 @@ def test_a_transformers_model_from_a_local_folder(tmp_path: Path):
     module = ImageClassificationModule(str(tmp_path), num_classes=5, gradient_checkpointing=True)
     assert module.model.classifier.out_features == 5
     images = torch.rand(2, 3, 16, 16)
-    standardised = (images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.5, 0.25]).view(3, 1, 1)
+    normalized = (images - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / torch.tensor([0.5, 0.5, 0.25]).view(3, 1, 1)
     with torch.no_grad():
-        expected = module.model(standardised).logits
+        expected = module.model(normalized).logits
         torch.testing.assert_close(module(images), expected)
     data = DataLoader(TensorDataset(torch.rand(8, 3, 16, 16), torch.arange(8) % 5), batch_size=4)
     new_trainer(tmp_path, LaLoraCallback(rank=4), max_epochs=1).fit(module, data)

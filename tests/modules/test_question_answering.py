@@ -16,7 +16,7 @@ NUMBERS = ("seven", "eight", "nine")
 
 
 def write_model(folder: Path) -> Path:
-    """A BERT of two layers with random weights and its tokenizer."""
+    """Save a BERT of two layers with random weights and its tokenizer."""
     write_tokenizer(folder, [" ".join((*LETTERS, *NUMBERS, QUESTION))])
     torch.manual_seed(0)
     config = BertConfig(
@@ -33,7 +33,7 @@ def write_model(folder: Path) -> Path:
 
 
 def number_in_letters(rows: int, unanswerable: float = 0.0) -> list[Row]:
-    """Contexts of 24 letters with a number word somewhere; those without have no answer."""
+    """Contexts of 24 letters with a number word somewhere, or without one and without an answer."""
     draw = random.Random(rows)
     made: list[Row] = []
     for _ in range(rows):
@@ -69,7 +69,7 @@ def test_learns_to_find_a_number_with_the_callback(tmp_path: Path, version: str)
 
 
 def test_scores_do_not_depend_on_the_batches(tmp_path: Path):
-    """The windows of a context come in one batch or in several; half-trained, so that there is something to see."""
+    """Windows of a context are in one batch or in several. The module is half-trained, so that scores differ."""
     model = write_model(tmp_path / "model")
     module = QuestionAnsweringModule(str(model), learning_rate=0.03)
     new_trainer(tmp_path, LaLoraCallback(rank=4), max_epochs=1).fit(module, data(tmp_path / "16", model, "1.1"))
@@ -81,11 +81,11 @@ def test_scores_do_not_depend_on_the_batches(tmp_path: Path):
     assert 0 < one["test/f1"] < 100
 
 
-def test_best_spans_are_those_of_a_search_through_all():
+def test_best_spans_against_a_search_over_all_spans():
     start, end = torch.randn(2, 5, 40)
     in_context = torch.zeros(5, 40, dtype=torch.bool)
     in_context[:4, 3:38] = True
-    # The best pair is out of the context, backwards, and of 31 tokens.
+    # The best pair is outside the context, backwards, or 31 tokens long.
     start[0, 0], end[0, 39] = 50, 50
     start[1, 20], end[1, 19] = 50, 50
     start[2, 5], end[2, 35] = 50, 51
@@ -99,12 +99,12 @@ def test_best_spans_are_those_of_a_search_through_all():
     assert sums[4] == -torch.inf
 
 
-def test_texts_of_spans_without_the_space_that_a_token_may_begin_with():
+def test_texts_of_spans_do_not_begin_with_a_space():
     offsets = torch.tensor([[[-1, -1], [0, 3], [3, 7], [7, 8]], [[-1, -1], [0, 2], [-1, -1], [-1, -1]]])
     texts = span_texts(["Der Fuß.", "ok"], offsets, torch.tensor([2, 0]), torch.tensor([3, 0]))
     assert texts == ["Fuß.", ""]
 
 
-def test_a_model_that_cannot_be_had(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"Cannot load '.*none' by AutoModelForQuestionAnswering.*--model.name"):
+def test_a_model_that_does_not_exist(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"Cannot load '.*none' with AutoModelForQuestionAnswering.*`name`"):
         QuestionAnsweringModule(str(tmp_path / "none"))

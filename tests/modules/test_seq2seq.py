@@ -1,4 +1,4 @@
-"""ROUGE by hand and against rouge-score, what is decoded and what the loss leaves out, and a tiny T5 that learns."""
+"""ROUGE by hand and against rouge-score, decoding, padding in the loss, and a tiny T5 that learns."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ KEYS = ("rouge1", "rouge2", "rougeL")
 
 
 def save_t5(folder: Path, words: list[str] = WORDS, width: int = 32) -> str:
-    """A T5 of two blocks each in encoder and decoder, random weights, with its tokenizer, as a local model folder."""
+    """Save a T5 of two encoder and two decoder blocks, with random weights, and its tokenizer."""
     torch.manual_seed(0)
     config = T5Config(
         vocab_size=len(words) + 3,
@@ -50,7 +50,7 @@ def batch(module: Seq2SeqModule, texts: list[str], summaries: list[str]) -> dict
 
 
 class Writer(nn.Module):
-    """Stands for a model: writes what the first token of each row names, and keeps what it was asked for."""
+    """In place of a model: writes ``texts[i]`` for a row whose first token is i, and keeps the arguments."""
 
     def __init__(self, texts: list[list[int]]) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Writer(nn.Module):
         return self.texts[input_ids[:, 0]]
 
 
-# What is written, with special tokens, for the references below: "cat the sat", "dog", "the dog ran".
+# The generated tokens, with special tokens, for the references below: "cat the sat", "dog", "the dog ran".
 WRITTEN = [[0, 4, 3, 5, 1, 0], [0, 9, 1, 0, 0, 0], [0, 3, 9, 10, 1, 0], [0, 9, 1, 0, 0, 0]]
 REFERENCES = ["the cat sat on the mat", "a mat", "the dog ran", "a mat"]
 # The first: 3 words of 3 and of 6, so F1 2/3; no pair of 2 and 5; "cat sat" in order, 2 of 3 and of 6, so F1 4/9.
@@ -82,7 +82,7 @@ def rows(**columns: list) -> list[dict]:
 def test_rouge_by_hand(folder: str, tmp_path: Path):
     module = Seq2SeqModule(folder)
     module.model = Writer(WRITTEN)
-    # Batches of 3 and 1: every text counts the same, not every batch.
+    # Batches of 3 and 1: texts have equal weights, not batches.
     data = DataLoader(rows(texts=REFERENCES), batch_size=3)
     (scores,) = new_trainer(tmp_path).test(module, data, verbose=False)
     assert scores == pytest.approx({f"test/{key}": value for key, value in ROUGE.items()}, rel=1e-5)
@@ -102,9 +102,9 @@ def test_rouge_of_two_processes(folder: str, tmp_path: Path):
 def test_rouge_against_another_package_on_real_text(folder: str, tmp_path: Path):
     data = Path(__file__).parents[2].parent / "shared" / "data" / "dialogsum" / "test.parquet"
     if not data.is_file():
-        pytest.skip("the real data set is not there")
+        pytest.skip("without the real data")
     real = datasets.Dataset.from_parquet(str(data), cache_dir=str(tmp_path / "cache")).select(range(250))
-    # Of the dialogue the beginning, in the words of the speakers: some of it stands in the summary, too.
+    # The beginning of the dialogue has words in common with the summary.
     texts = [" ".join(dialogue.split()[:40]) for dialogue in real["dialogue"]]
     module = Seq2SeqModule(folder)
     module.generate = lambda batch, num_beams: [texts[i] for i in batch["input_ids"][:, 0]]
@@ -120,7 +120,7 @@ def test_rouge_against_another_package_on_real_text(folder: str, tmp_path: Path)
     assert 5 < scores["test/rouge2"] < scores["test/rougeL"] < scores["test/rouge1"] < 60
 
 
-def test_what_is_written_has_no_special_tokens(folder: str):
+def test_generated_texts_have_no_special_tokens(folder: str):
     module = Seq2SeqModule(folder)
     module.model = Writer(WRITTEN)
     assert module.generate({"input_ids": torch.tensor([[0], [1]]), "attention_mask": torch.ones(2, 1)}, 1) == [
@@ -161,7 +161,7 @@ def test_the_loss_ignores_padding(folder: str):
     assert (padded["labels"] == -100).sum() == 3
     assert (padded["attention_mask"] == 0).sum() == 4
 
-    # Each text alone, without padding: the sum over the tokens of both, 2 and 5 with </s>, by their number.
+    # Each text alone, without padding: the sum over the 2 and 5 tokens, </s> included, divided by 7.
     total = 0.0
     for text, summary in zip(texts, summaries, strict=True):
         alone = batch(module, [text], [summary])
@@ -192,7 +192,7 @@ def test_the_callback_adapts_encoder_and_decoder(folder: str, tmp_path: Path):
     frozen = module.model.lm_head.weight.clone()
     data = examples(module)
     new_trainer(tmp_path, callback, max_epochs=8).fit(module, data, data)
-    # Two blocks each; q and v of one attention in the encoder's, of two in the decoder's.
+    # Two blocks each; an encoder block has one attention, a decoder block two, each with q and v.
     assert callback.allocator.layer_names == [
         f"model.{part}.block.{i}" for part in ("encoder", "decoder") for i in (0, 1)
     ]
@@ -213,6 +213,6 @@ def test_gradient_checkpointing_changes_no_gradient(folder: str):
     torch.testing.assert_close(*gradients)
 
 
-def test_a_model_that_is_not_there(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"Cannot load '.*none' by AutoModelForSeq2SeqLM.*--model.name"):
+def test_a_model_that_does_not_exist(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"Cannot load '.*none' with AutoModelForSeq2SeqLM.*`name`"):
         Seq2SeqModule(str(tmp_path / "none"))

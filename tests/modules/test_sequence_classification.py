@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> str:
 
 
 def batches(labels: torch.Tensor, size: int = 32) -> DataLoader:
-    """Texts that hold token 5 where the label is 1 or larger, and token 6 where it is 2."""
+    """Texts with token 5 if the label is 1 or larger and token 6 if it is 2."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(10, 20, (len(labels), 6), generator=generator)
     ids[:, 1] = torch.where(labels >= 0.5, 5, ids[:, 1])
@@ -44,7 +44,7 @@ def batches(labels: torch.Tensor, size: int = 32) -> DataLoader:
 
 
 class Answers(nn.Module):
-    """Stands for a model: answers row i, which its first token names, with ``logits[i]``."""
+    """In place of a model: returns ``logits[i]`` for a row whose first token is i."""
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
@@ -102,8 +102,8 @@ def test_learns_with_the_callback(folder: str, tmp_path: Path, num_labels: int):
     assert sum(callback.history[-1][1]) > 2
 
 
-def test_a_model_that_cannot_be_had(tmp_path: Path):
+def test_a_model_that_does_not_exist(tmp_path: Path):
     with pytest.raises(
-        FileNotFoundError, match=r"Cannot load '.*nothing' by AutoModelForSequenceClassification .*--model.name"
+        FileNotFoundError, match=r"Cannot load '.*nothing' with AutoModelForSequenceClassification .*`name`"
     ):
         SequenceClassificationModule(str(tmp_path / "nothing"), 2)

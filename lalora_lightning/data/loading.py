@@ -1,4 +1,4 @@
-"""Data sets and pretrained models from the Hub or from local folders, with errors that say what to do."""
+"""Loading data sets and pretrained models from the Hub or from local folders, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lalora_lightning.files import first_line
+
 if TYPE_CHECKING:
     from datasets import Dataset
+
+__all__ = ["load_pretrained", "load_splits"]
 
 
 def load_splits(
@@ -17,29 +21,29 @@ def load_splits(
     splits: Iterable[str] = ("train",),
     max_train_rows: int | None = None,
 ) -> dict[str, Dataset]:
-    """All splits of a data set.
+    """Load all splits of a data set.
 
     Args:
         path: Name of a data set on the Hub, or a folder in the Hub's layout: parquet files named by split, or images in
-            one folder a class.
-        name: A configuration on the Hub; locally the subfolder of that name.
+            one folder per class.
+        name: A configuration on the Hub, or the subfolder of that name in a local folder.
         columns: Columns that every split must have.
-        splits: Splits that there must be.
-        max_train_rows: So many rows of the training split only, drawn at random, always the same.
+        splits: Splits that the data set must have.
+        max_train_rows: Keep this many rows of the training split, drawn at random with a fixed seed.
 
     Raises:
-        FileNotFoundError: The data set cannot be reached or found, or lacks a split or a column.
+        FileNotFoundError: The data set cannot be found or downloaded, or lacks a split or a column.
     """
     import datasets
 
     where = path if name is None else f"{path}/{name}"
     try:
-        _refuse_missing_folder(path)
+        _require_folder_if_local(path)
         loaded = datasets.load_dataset(where) if Path(path).is_dir() else datasets.load_dataset(path, name)
     except (OSError, ValueError) as error:
-        # Of both there are many kinds: unreachable, offline, not found, no such configuration, no data files.
+        # Either type has many causes: no network, offline mode, not found, no such configuration, no data files.
         raise FileNotFoundError(
-            f"Cannot load the data set {where!r} ({_first_line(error)}). Without a network, give --data.path a local "
+            f"Cannot load the data set {where!r} ({first_line(error)}). Without a network, set `path` to a local "
             "folder in the Hub's layout."
         ) from error
     for split, rows in loaded.items():
@@ -58,31 +62,27 @@ def load_splits(
 
 
 def load_pretrained(auto_class: Any, name: str, **arguments: Any) -> Any:
-    """What a transformers class such as ``AutoTokenizer`` or ``AutoModelForCausalLM`` loads by name.
+    """Call ``from_pretrained`` of a transformers class such as ``AutoTokenizer`` or ``AutoModelForCausalLM``.
 
     Args:
         auto_class: The class.
         name: A model on the Hub or a local model folder.
-        arguments: Further arguments of its ``from_pretrained``.
+        arguments: Further arguments of ``from_pretrained``.
 
     Raises:
-        FileNotFoundError: The model cannot be reached or found, or is of a kind that the class does not know.
+        FileNotFoundError: The model cannot be found or downloaded, or the class does not know its architecture.
     """
     try:
-        _refuse_missing_folder(name)
+        _require_folder_if_local(name)
         return auto_class.from_pretrained(name, **arguments)
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"Cannot load {name!r} by {auto_class.__name__} ({_first_line(error)}). Without a network, give "
-            "--model.name a local model folder."
+            f"Cannot load {name!r} with {auto_class.__name__} ({first_line(error)}). Without a network, set `name` to "
+            "a local model folder."
         ) from error
 
 
-def _refuse_missing_folder(name: str) -> None:
-    """No name on the Hub begins like a path; that there is no network would be the wrong reason."""
+def _require_folder_if_local(name: str) -> None:
+    """Raise if the name begins like a path, which names on the Hub do not, and there is no such file or folder."""
     if name.startswith((".", "/", "~")) and not Path(name).exists():
         raise FileNotFoundError("there is no such folder")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

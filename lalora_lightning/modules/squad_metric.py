@@ -1,4 +1,4 @@
-"""The official evaluation of SQuAD 1.1 and 2.0, and the gathering of answers that it needs."""
+"""The scores of the official evaluation scripts of SQuAD 1.1 and 2.0, gathered over windows, batches and processes."""
 
 import math
 import re
@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import torch.distributed
 
+__all__ = ["Answer", "SquadMetric", "best_threshold", "exact_match", "f1_score", "normalize", "squad_scores"]
 
-def normalise(text: str) -> str:
-    """Lower case without ASCII punctuation, articles and superfluous spaces.
 
-    >>> normalise("The  Beatles' (a band)")
+def normalize(text: str) -> str:
+    """Return the text in lower case, without ASCII punctuation, articles and extra spaces.
+
+    >>> normalize("The  Beatles' (a band)")
     'beatles band'
     """
     text = "".join(char for char in text.lower() if char not in string.punctuation)
@@ -21,20 +23,20 @@ def normalise(text: str) -> str:
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1 where both are the same once normalised."""
-    return float(normalise(prediction) == normalise(reference))
+    """Return 1 if both texts are equal after normalization, else 0."""
+    return float(normalize(prediction) == normalize(reference))
 
 
 def f1_score(prediction: str, reference: str, no_answer: bool = False) -> float:
-    """Harmonic mean of precision and recall over the normalised words.
+    """Return the harmonic mean of precision and recall over the normalized words.
 
-    Where nothing is left of one, version 2.0 (``no_answer``) gives 1 if nothing is left of the other, else 0; version
-    1.1 gives 0 always.
+    If normalization leaves no words in one of the texts, version 1.1 returns 0; version 2.0 (``no_answer``) returns 1
+    if it leaves none in the other either, else 0.
 
     >>> f1_score("the red house", "a big red house")
     0.8
     """
-    predicted, expected = normalise(prediction).split(), normalise(reference).split()
+    predicted, expected = normalize(prediction).split(), normalize(reference).split()
     if not predicted or not expected:
         return float(no_answer and predicted == expected)
     same = sum((Counter(predicted) & Counter(expected)).values())
@@ -50,28 +52,28 @@ def squad_scores(
     no_answer_probabilities: Sequence[float] | None = None,
     threshold: float = 0.5,
 ) -> dict[str, float]:
-    """What the official evaluation scripts report of a list of questions.
+    """Return the scores of the official evaluation scripts for a list of questions.
 
     Args:
-        predictions: One text a question: the best answer, also where the model would rather give none.
-        references: For each question all answers that count; none if it cannot be answered.
-        no_answer_probabilities: For each question in [0, 1]; makes it version 2.0, None is version 1.1.
-        threshold: Above this probability the answer given is none; version 2.0 only.
+        predictions: The best span for each question, even if the model prefers no answer.
+        references: All correct answers for each question; empty if it has no answer.
+        no_answer_probabilities: For each question, in [0, 1]. Given for version 2.0, None for version 1.1.
+        threshold: Above this probability the prediction counts as no answer; version 2.0 only.
 
     Returns:
-        ``exact_match`` and ``f1``, in percent. In version 2.0 also both for the questions with an answer
-        (``has_answer_``) and without (``no_answer_``), where there are any, and ``best_exact_match`` and ``best_f1`` at
-        the thresholds that suit them best, ``best_exact_match_threshold`` and ``best_f1_threshold``.
+        ``exact_match`` and ``f1``, in percent. In version 2.0 also both scores over the questions with an answer
+        (``has_answer_``) and without (``no_answer_``), if there are any, and ``best_exact_match`` and ``best_f1``, the
+        scores at their best thresholds, which are ``best_exact_match_threshold`` and ``best_f1_threshold``.
 
     Raises:
-        ValueError: Version 1.1 and a question without answer.
+        ValueError: A question has no answer in version 1.1.
 
     >>> squad_scores(["the Danube", "1806"], [["Danube"], ["August 1806", "6 August 1806"]])
     {'exact_match': 50.0, 'f1': 83.33...}
     """
     if no_answer_probabilities is None:
         if not all(references):
-            raise ValueError("Expected every question to have an answer but some have none: score as version 2.0.")
+            raise ValueError("Expected every question to have an answer but some have none; score as version 2.0.")
         pairs = list(zip(predictions, references, strict=True))
         return {
             "exact_match": _percent(max(exact_match(p, text) for text in texts) for p, texts in pairs),
@@ -80,8 +82,8 @@ def squad_scores(
     scores: dict[str, float] = {}
     best: dict[str, float] = {}
     answerable = [bool(texts) for texts in references]
-    # The official rule: an answer of which nothing is left does not count, unless no other is there.
-    counted = [[text for text in texts if normalise(text)] or [""] for texts in references]
+    # The official rule: answers that normalization leaves empty do not count, unless there is no other.
+    counted = [[text for text in texts if normalize(text)] or [""] for texts in references]
     pairs = list(zip(predictions, counted, strict=True))
     for name, raw in (
         ("exact_match", [max(exact_match(p, text) for text in texts) for p, texts in pairs]),
@@ -104,10 +106,17 @@ def squad_scores(
 def best_threshold(
     scores: Sequence[float], answered: Sequence[bool], answerable: Sequence[bool], probabilities: Sequence[float]
 ) -> tuple[float, float]:
-    """The best mean score that a threshold on the no-answer probability can reach, in percent, and that threshold.
+    """Return the best mean score over all thresholds on the no-answer probability, in percent, and its threshold.
 
-    As in the official script: questions answered one by one in the order of their probability, from none answered; ties
-    keep the order given, and the lowest of equally good thresholds counts.
+    As in the official script, no question counts as answered at first. Then one more is answered at a time, in the
+    order of their probabilities; questions with equal probabilities keep their order. If thresholds are equally good,
+    the lowest is returned.
+
+    Args:
+        scores: Score of each question if it is answered.
+        answered: Whether the predicted text is not empty.
+        answerable: Whether the question has an answer.
+        probabilities: No-answer probabilities.
     """
     current = best = float(sum(not has for has in answerable))
     threshold = 0.0
@@ -119,13 +128,14 @@ def best_threshold(
 
 
 class Answer(NamedTuple):
-    """The best answer that some windows of a context give.
+    """The best answer in one or more windows of a context.
 
     Attributes:
-        score: Logits of the span's start and end, summed.
-        null_score: Lowest such sum of a window for having no answer.
-        text: The span.
-        references: All answers that count.
+        score: Sum of the start and end logits of the span.
+        null_score: Lowest sum of the start and end logits of the first token, which stands for no answer, over the
+            windows.
+        text: Text of the span.
+        references: All correct answers.
     """
 
     score: float
@@ -134,21 +144,21 @@ class Answer(NamedTuple):
     references: tuple[str, ...]
 
     def merge(self, other: "Answer") -> "Answer":
-        """The best answer of the windows of both."""
+        """Return the best answer in the windows of both."""
         best = other if other.score > self.score else self
         return best._replace(null_score=min(self.null_score, other.null_score))
 
     @property
     def no_answer_probability(self) -> float:
-        """Softmax over the span and none."""
+        """Probability of no answer: the softmax over the scores of the span and of no answer."""
         return 1 / (1 + math.exp(min(self.score - self.null_score, 700.0)))
 
 
 class SquadMetric:
-    """Gathers the answers of windows, batches and processes by question, and scores each question once.
+    """Gathers answers by question over windows, batches and processes, and scores each question once.
 
     Args:
-        no_answer: Score as version 2.0, not 1.1.
+        no_answer: Score as version 2.0 instead of 1.1.
     """
 
     def __init__(self, no_answer: bool = False) -> None:
@@ -156,16 +166,13 @@ class SquadMetric:
         self._answers: dict[int, Answer] = {}
 
     def update(self, questions: Iterable[int], answers: Iterable[Answer]) -> None:
-        """Take the answers of some windows, each with the number of its question."""
+        """Add the answers of some windows, each with the number of its question."""
         for question, answer in zip(questions, answers, strict=True):
             known = self._answers.get(question)
             self._answers[question] = answer if known is None else known.merge(answer)
 
     def compute(self) -> dict[str, float]:
-        """Scores of :func:`squad_scores` over the windows that all processes have seen; forgets them.
-
-        All processes must call this.
-        """
+        """Return :func:`squad_scores` over the windows of all processes, and reset. All processes must call this."""
         parts = [self._answers]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             parts = [{} for _ in range(torch.distributed.get_world_size())]
@@ -174,7 +181,7 @@ class SquadMetric:
         merged = SquadMetric()
         for part in parts:
             merged.update(part.keys(), part.values())
-        # In the order of the questions: the best threshold depends on it where probabilities are equal.
+        # Sorted by question, because the best threshold depends on the order of equal probabilities.
         answers = [answer for _, answer in sorted(merged._answers.items())]
         return squad_scores(
             [answer.text for answer in answers],

@@ -1,0 +1,192 @@
+"""Figures of one run: ranks, budget and sparsity."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lalora_lightning.plotting.axes import BLUE, ORANGE, legend_above, name_layers
+from lalora_lightning.runs import Run, read_run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Source",
+    "plot_budget",
+    "plot_final_ranks",
+    "plot_rank_lines",
+    "plot_rank_trajectories",
+    "plot_sparsity",
+    "plot_sparsity_and_rank",
+]
+
+Source = Run | str | os.PathLike[str]
+"""A run, a folder of logs or a checkpoint."""
+
+
+def plot_rank_trajectories(source: Source) -> Figure:
+    """Plot the rank of every layer over training as a heat map, and below it the total rank and the budget."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    run = read_run(source)
+    layers = len(run.layer_names)
+    figure = Figure(figsize=(7, min(9.0, 3.2 + 0.18 * layers)), layout="constrained")
+    heat, total = figure.subplots(
+        2, 1, sharex=True, gridspec_kw={"height_ratios": [max(1.5, min(5.0, 0.12 * layers)), 1]}
+    )
+    # Ranks hold until the next logged step, so the column of a step ends there.
+    last = run.steps[-1] if len(run.steps) == 1 else 2 * run.steps[-1] - run.steps[-2]
+    edges = [*run.steps, max(last, run.steps[-1] + 1)]
+    columns = [list(column) for column in zip(*run.ranks, strict=True)]
+    mesh = heat.pcolormesh(edges, range(layers + 1), columns, cmap="viridis", vmin=1, vmax=run.max_rank)
+    figure.colorbar(mesh, ax=heat, label="rank", ticks=MaxNLocator(integer=True), pad=0.01)
+    name_layers(heat.yaxis, run.layer_names, offset=0.5)
+    heat.invert_yaxis()
+    _draw_budget(total, run)
+    return figure
+
+
+def plot_rank_lines(source: Source) -> Figure:
+    """Plot the rank of every layer over training, one line each; equal ranks are set apart by up to 1/3 rank."""
+    run = read_run(source)
+    layers = len(run.layer_names)
+    shifts = [0.0 if layers == 1 else 0.66 * i / (layers - 1) - 0.33 for i in range(layers)]
+    shifted = [[rank + shift for rank, shift in zip(row, shifts, strict=True)] for row in run.ranks]
+    figure, axes = _lines_by_depth(run.steps, shifted, run.layer_names, drawstyle="steps-post")
+    axes.set_ylabel("rank (equal ranks set apart)" if layers > 1 else "rank")
+    axes.set_ylim(0.5, run.max_rank + 0.5)
+    return figure
+
+
+def plot_budget(source: Source) -> Figure:
+    """Plot the total rank and the budget over training, and the total rank of LoRA."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    _draw_budget(figure.subplots(), read_run(source))
+    return figure
+
+
+def plot_final_ranks(sources: Mapping[str, Source]) -> Figure:
+    """Plot the final rank of every layer as bars, one panel per data set (Fig. 5).
+
+    Args:
+        sources: Runs of one model by the name of their data set.
+
+    Raises:
+        ValueError: The runs have different layers.
+    """
+    from matplotlib.figure import Figure
+
+    runs = {name: read_run(source) for name, source in sources.items()}
+    names = next(iter(runs.values())).layer_names
+    for name, run in runs.items():
+        if list(run.layer_names) != list(names):
+            raise ValueError(
+                f"Expected runs of one model, with the layers {names[0]} to {names[-1]}, but {name} has "
+                f"{run.layer_names[0]} to {run.layer_names[-1]}."
+            )
+    figure = Figure(figsize=(7, 0.8 + 1.5 * len(runs)), layout="constrained")
+    panels = figure.subplots(len(runs), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, run) in zip(panels, runs.items(), strict=True):
+        _draw_ranks(axes, run)
+        total, full = sum(run.ranks[-1]), len(names) * run.max_rank
+        axes.set_title(f"{name}: total rank {total} of LoRA's {full} ({total / full:.0%})", fontsize="medium")
+    name_layers(panels[-1].xaxis, names)
+    return figure
+
+
+def plot_sparsity(source: Source) -> Figure:
+    """Plot the sparsity (Eq. 1) of every layer's increment over training, one line each (Fig. 1).
+
+    Raises:
+        ValueError: The run has no sparsities.
+    """
+    run = read_run(source)
+    sparsity = _require_sparsity(run)
+    percent = [[100 * share for share in row] for row in sparsity.values()]
+    figure, axes = _lines_by_depth(list(sparsity), percent, run.layer_names)
+    axes.set_ylabel("sparsity of the increment, %")
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def plot_sparsity_and_rank(source: Source) -> Figure:
+    """Plot the final rank of every layer, and below it the final sparsity of its increment (Fig. 4).
+
+    Raises:
+        ValueError: The run has no sparsities.
+    """
+    from matplotlib.figure import Figure
+
+    run = read_run(source)
+    sparsity = _require_sparsity(run)
+    final = [100 * share for share in sparsity[max(sparsity)]]
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    _draw_ranks(above, run)
+    below.bar(range(len(final)), final, color=ORANGE)
+    below.set_ylabel("sparsity, %")
+    below.set_ylim(bottom=0)
+    name_layers(below.xaxis, run.layer_names)
+    return figure
+
+
+def _draw_budget(axes: Axes, run: Run) -> None:
+    full = len(run.layer_names) * run.max_rank
+    axes.step(run.steps, [sum(row) for row in run.ranks], where="post", color=BLUE, label="total rank")
+    axes.plot(run.steps, run.budgets, linestyle="--", color=ORANGE, label="budget")
+    axes.axhline(full, color="0.6", linewidth=0.8, label=f"LoRA at rank {run.max_rank}")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("rank, all layers")
+    axes.set_ylim(0, 1.08 * full)
+    legend_above(axes)
+
+
+def _draw_ranks(axes: Axes, run: Run) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.bar(range(len(run.layer_names)), run.ranks[-1], color=BLUE)
+    axes.axhline(run.max_rank, color="0.6", linewidth=0.8)
+    axes.set_ylabel("rank")
+    axes.set_ylim(0, 1.08 * run.max_rank)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+
+
+def _lines_by_depth(
+    steps: Sequence[int], rows: Sequence[Sequence[float]], layer_names: Sequence[str], drawstyle: str = "default"
+) -> tuple[Figure, Axes]:
+    """Draw one line per layer over the steps, colored by depth, with a color bar of the layers' names."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+    from matplotlib.figure import Figure
+
+    layers = len(layer_names)
+    # Without the end of viridis, which is too light for lines on white.
+    colors = [colormaps["viridis"](0.88 * i / max(layers - 1, 1)) for i in range(layers)]
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    marker = "." if len(steps) == 1 else ""
+    for color, line in zip(colors, zip(*rows, strict=True), strict=True):
+        axes.plot(steps, line, color=color, drawstyle=drawstyle, linewidth=1.4 if layers <= 24 else 0.8, marker=marker)
+    norm = BoundaryNorm([i - 0.5 for i in range(layers + 1)], layers)
+    bar = figure.colorbar(ScalarMappable(norm, ListedColormap(colors)), ax=axes, pad=0.02)
+    bar.minorticks_off()
+    name_layers(bar.ax.yaxis, layer_names)
+    bar.ax.invert_yaxis()
+    axes.set_xlabel("optimizer step")
+    return figure, axes
+
+
+def _require_sparsity(run: Run) -> Mapping[int, Sequence[float]]:
+    if not run.sparsity:
+        raise ValueError(
+            "Expected a run with sparsities but it has none; train with LaLoraCallback(log_sparsity=True), which logs "
+            "sparsity/<layer>."
+        )
+    return run.sparsity

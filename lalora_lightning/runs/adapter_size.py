@@ -1,0 +1,21 @@
+"""Size of a trimmed adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["trimmed_bytes"]
+
+
+def trimmed_bytes(lora_A: Tensor, lora_B: Tensor, rank: int) -> int:
+    """Return the bytes of an adapter that is trimmed to a rank.
+
+    Args:
+        lora_A: ``(r, d)``.
+        lora_B: ``(m, r)``.
+        rank: At most r.
+    """
+    return (lora_A.numel() + lora_B.numel()) * lora_A.element_size() * rank // lora_B.shape[1]

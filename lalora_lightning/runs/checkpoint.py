@@ -1,0 +1,75 @@
+"""Runs from the checkpoints of a Trainer with a LaLoraCallback."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lalora_lightning.files import load_file
+from lalora_lightning.runs.adapter_size import trimmed_bytes
+from lalora_lightning.runs.run import Run
+from lalora_lightning.runs.settings import flat
+
+__all__ = ["read_checkpoint"]
+
+
+def read_checkpoint(path: Path) -> Run:
+    """Read a run from the history that LaLoraCallback keeps, and from the weights and hyperparameters beside it.
+
+    Raises:
+        ValueError: The file is damaged or not a checkpoint, or has no history of ranks.
+    """
+    checkpoint = load_file(path, "a checkpoint of a Trainer")
+    callbacks = checkpoint.get("callbacks", {}) if isinstance(checkpoint, Mapping) else {}
+    needed = {"allocator", "history", "last_step"}
+    states = [state for state in callbacks.values() if isinstance(state, Mapping) and needed <= state.keys()]
+    if not states:
+        raise ValueError(
+            f"Expected {path} to hold the state of a LaLoraCallback but it has none; give a checkpoint of a Trainer "
+            "with a LaLoraCallback."
+        )
+    (state, *_) = states
+    if state["allocator"] is None:
+        raise ValueError(f"Expected {path} to be of a run with adaptive ranks but its ranks were fixed.")
+    allocator, last_step = state["allocator"], state["last_step"]
+    history = [*state["history"]]
+    if not history:
+        raise ValueError(f"Expected {path} to be of a run that has begun but it was saved before the first step.")
+    if last_step is not None and history[-1][0] < last_step:
+        # The current ranks, which were not logged.
+        history.append([last_step, allocator["ranks"].tolist(), float(allocator["budget"])])
+    steps, ranks, budgets = zip(*history, strict=True)
+    return Run(
+        layer_names=allocator["layer_names"],
+        max_rank=allocator["max_rank"],
+        steps=steps,
+        ranks=ranks,
+        budgets=budgets,
+        settings=flat({**checkpoint.get("hyper_parameters", {}), **checkpoint.get("datamodule_hyper_parameters", {})}),
+        summary={
+            "epoch": checkpoint.get("epoch"),
+            "optimizer steps": checkpoint.get("global_step"),
+            **_adapter_sizes(checkpoint.get("state_dict", {})),
+            **_best_scores(callbacks.values()),
+        },
+    )
+
+
+def _adapter_sizes(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the adapter parameters of a state dict and the size of the adapters trimmed to their current ranks."""
+    parameters = trimmed = 0
+    for key in weights:
+        name, _, last = key.rpartition(".")
+        if last == "lora_A":
+            A, B, rank = (weights[f"{name}.{part}".lstrip(".")] for part in ("lora_A", "lora_B", "rank"))
+            parameters += A.numel() + B.numel()
+            trimmed += trimmed_bytes(A, B, int(rank))
+    return {"adapter parameters": parameters, "trimmed adapter, KiB": trimmed / 1024} if parameters else {}
+
+
+def _best_scores(states: Iterable[Any]) -> dict[str, float]:
+    """Return the best score of each callback that monitors one, such as ModelCheckpoint."""
+    return {
+        f"best {state['monitor']}": float(state["best_model_score"])
+        for state in states
+        if isinstance(state, Mapping) and state.get("monitor") and state.get("best_model_score") is not None
+    }
