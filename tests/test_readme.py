@@ -1,4 +1,4 @@
-"""The README's Python, run as it stands."""
+"""The Python of the README and of two pages that continue it, run as it stands."""
 
 import copy
 import re
@@ -17,9 +17,17 @@ from tests.test_callback import Task
 README = Path(__file__).parents[1] / "README.md"
 
 
+def python_snippets(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (README.parent / page).read_text(), re.DOTALL)
+
+
 def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    snippets = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(snippets) == 8
+    snippets = python_snippets("README.md")
+    assert len(snippets) == 4
+    callback_snippets = python_snippets("docs/callback.md")
+    assert len(callback_snippets) == 3
+    loop_snippets = python_snippets("docs/interoperability.md")
+    assert len(loop_snippets) == 3
     monkeypatch.chdir(tmp_path)
     # Small models stand for those on the Hub.
     bert = BertForSequenceClassification(
@@ -51,16 +59,25 @@ def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for snippet in snippets:
         exec(snippet, names)
     assert names["trainer"].global_step == 3
-    for adapted in (bert, vit):
-        assert all(layer.lora_B.any() for layer in lora_layers(adapted).values())
-    assert names["fabric"] is not None
-    assert all(layer.lora_B.any() for layer in lora_layers(names["network"]).values())
-    assert all(layer.lora_B.any() for layer in lora_layers(names["classifier"]).values())
-    assert names["callback"].adapter_settings.rank == 16
     assert (tmp_path / "adapter.pt").exists()
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
     # The last line trimmed the model to its ranks.
     assert names["model"].blocks[0].query.max_rank == names["allocator"].ranks[0]
+
+    for snippet in callback_snippets:
+        exec(snippet, names)
+    assert names["callback"].adapter_settings.rank == 16
+    assert names["callback"].target_modules == ["to_q", "to_v"]
+    for adapted in (bert, vit):
+        assert all(layer.lora_B.any() for layer in lora_layers(adapted).values())
+
+    names["model"] = TinyTransformer(width=16)
+    for snippet in loop_snippets:
+        exec(snippet, names)
+    assert all(layer.lora_B.any() for layer in lora_layers(names["model"]).values())
+    assert names["fabric"] is not None
+    assert all(layer.lora_B.any() for layer in lora_layers(names["network"]).values())
+    assert all(layer.lora_B.any() for layer in lora_layers(names["classifier"]).values())
 
 
 def test_files_it_links_to_exist():
