@@ -67,7 +67,7 @@ def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for snippet in callback_snippets:
         exec(snippet, names)
     assert names["callback"].adapter_settings.rank == 16
-    assert names["callback"].target_modules == ["to_q", "to_v"]
+    assert names["callback"].adapter_settings.target_modules == ["to_q", "to_v"]
     for adapted in (bert, vit):
         assert all(layer.lora_B.any() for layer in lora_layers(adapted).values())
 
