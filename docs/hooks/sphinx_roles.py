@@ -6,6 +6,7 @@ the package becomes plain code. A name that is not found, or is on no API page, 
 and fails ``mkdocs build --strict``.
 """
 
+import logging
 import re
 from typing import Any
 
@@ -17,21 +18,30 @@ LITERAL_BLOCK = re.compile(
     r"^(?P<indent> *)(?P<text>\S.*)?::\n(?P<code>(?:[ \t]*\n|(?P=indent)[ ]+\S.*(?:\n|\Z))+)", re.MULTILINE
 )
 
+# A doctest outside an "Examples" section, with what it prints.
+DOCTEST = re.compile(r"^>>> .*\n?(?:\S.*\n?)*", re.MULTILINE)
+
+log = logging.getLogger("mkdocs.hooks.sphinx_roles")
+
 
 class SphinxRoles(griffe.Extension):
     """Rewrites the docstrings of a package once all of it has been read."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
-        """Rewrite every docstring of the package."""
+        """Rewrite every docstring of the package, and warn of modules that hide a function of their name."""
         for obj in _objects(pkg):
+            for name in getattr(obj, "exports", None) or ():
+                member = obj.members.get(str(name))
+                if isinstance(member, griffe.Module) and name in member.members:
+                    log.warning("%s hides the object of the same name that %s exports", member.path, obj.path)
             if obj.docstring:
                 obj.docstring.value = ROLE.sub(
-                    lambda match, obj=obj: _link(match, obj, pkg), fence_literal_blocks(obj.docstring.value)
+                    lambda match, obj=obj: _link(match, obj, pkg), fence_code(obj.docstring.value)
                 )
 
 
-def fence_literal_blocks(text: str) -> str:
-    """Return the text with its reStructuredText literal blocks as fenced blocks of Python."""
+def fence_code(text: str) -> str:
+    """Return the text with reStructuredText's literal blocks and doctests as fenced blocks of Python."""
 
     def fenced(match: re.Match[str]) -> str:
         indent, code = match["indent"], match["code"].strip("\n").split("\n")
@@ -40,7 +50,8 @@ def fence_literal_blocks(text: str) -> str:
         lines = ["```python", *(line[margin:] for line in code), "```"]
         return "\n".join([*text, *((indent + line).rstrip() for line in lines), "", ""])
 
-    return LITERAL_BLOCK.sub(fenced, text)
+    text = LITERAL_BLOCK.sub(fenced, text)
+    return DOCTEST.sub(lambda match: f"```pycon\n{match[0].rstrip()}\n```\n", text)
 
 
 def _link(match: re.Match[str], obj: griffe.Object, pkg: griffe.Module) -> str:
