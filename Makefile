@@ -9,13 +9,16 @@ demo: .venv/recipes-installed
 test: .venv/dev-installed
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
 
-lint: .venv/dev-installed
+lint: .venv/lint-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/mypy
 
+# Material's advertisement for its successor is silenced.
 docs: .venv/docs-installed
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # .venv/recipes-installed, .venv/dev-installed, ...: the extra of that name is installed and up to date.
 .venv/%-installed: pyproject.toml | $(BIN)/python
