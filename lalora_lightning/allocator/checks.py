@@ -92,8 +92,9 @@ def _structural_problems(state: Any, own: Mapping[str, Any], contribution: str) 
             problems.append(f"the state has unknown layers {', '.join(unknown)}")
         if not absent and not unknown:
             problems.append("the state has the layers in another order")
+    # The type first: comparing a tensor returns a tensor, which may be neither true nor false.
     if type(state["max_rank"]) is not int or state["max_rank"] != own["max_rank"]:
-        problems.append(f"expected max_rank {own['max_rank']} but got {state['max_rank']}")
+        problems.append(f"expected max_rank {own['max_rank']} but got {state['max_rank']!r}")
     if (state["fisher"] is None) != (own["fisher"] is None):
         problems.append(f'expected a state with contribution="{contribution}" but got one with another contribution')
     return problems

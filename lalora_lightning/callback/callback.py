@@ -335,7 +335,8 @@ class LaLoraCallback(AdapterCheckpoints):
         if self._has_state:
             self._restore(state_dict)
         else:
-            self._restored = state_dict or None
+            # Lightning also calls this with an empty state.
+            self._restored = None if isinstance(state_dict, Mapping) and not state_dict else state_dict
 
     @property
     def _has_state(self) -> bool:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lalora_lightning.data.loading import load_splits
-from lalora_lightning.data.text import TextDataModule
+from lalora_lightning.data.text import TextDataModule, map_rows
 
 __all__ = ["ANSWERS", "PROMPT", "CommonsenseDataModule", "CommonsenseTask"]
 
@@ -115,12 +115,12 @@ class CommonsenseDataModule(TextDataModule):
         else:
             rows = load_splits(self.path, columns=columns)["train"]
         tokenize = functools.partial(_tokenize_answered, tokenizer=self.tokenizer, max_length=self.max_length)
-        halves = rows.map(tokenize, remove_columns=rows.column_names).train_test_split(self.val_rows, seed=0)
+        halves = map_rows(rows, tokenize).train_test_split(self.val_rows, seed=0)
         tests = []
         for task, file in files.items():
             rows = _load(file, ("instruction", "answer"))
             tokenize = functools.partial(_tokenize_prompt, tokenizer=self.tokenizer, task=task)
-            tests.append(rows.map(tokenize, remove_columns=rows.column_names))
+            tests.append(map_rows(rows, tokenize))
         return {"train": halves["train"], "validation": halves["test"], "test": datasets.concatenate_datasets(tests)}
 
     def _test_files(self) -> dict[str, Path]:

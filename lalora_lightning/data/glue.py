@@ -6,7 +6,7 @@ from typing import Any, Literal
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lalora_lightning.data.loading import load_splits
-from lalora_lightning.data.text import TextDataModule
+from lalora_lightning.data.text import TextDataModule, map_rows
 
 __all__ = ["TEXT_COLUMNS", "GlueDataModule", "GlueTask"]
 
@@ -84,7 +84,7 @@ class GlueDataModule(TextDataModule):
                     )
         tokenize = functools.partial(_tokenize, tokenizer=self.tokenizer, texts=texts, max_length=self.max_length)
         return {
-            name: splits[split].map(tokenize, batched=True, remove_columns=splits[split].column_names)
+            name: map_rows(splits[split], tokenize, batched=True)
             for name, split in (("train", "train"), ("validation", validation))
         }
 

@@ -8,7 +8,7 @@ from transformers import DataCollatorWithPadding
 
 from lalora_lightning.data.loading import load_splits
 from lalora_lightning.data.squad_windows import collate, tokenize
-from lalora_lightning.data.text import TextDataModule
+from lalora_lightning.data.text import TextDataModule, map_rows
 
 __all__ = ["SquadDataModule", "SquadVersion"]
 
@@ -78,11 +78,11 @@ class SquadDataModule(TextDataModule):
             "no_answer": self.no_answer,
         }
         return {
-            split: splits[split].map(
+            split: map_rows(
+                splits[split],
                 functools.partial(tokenize, scored=split == "validation", **arguments),
                 batched=True,
                 with_indices=True,
-                remove_columns=splits[split].column_names,
             )
             for split in needed
         }

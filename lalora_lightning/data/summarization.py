@@ -8,7 +8,7 @@ from typing import Any
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from lalora_lightning.data.loading import load_splits
-from lalora_lightning.data.text import TextDataModule
+from lalora_lightning.data.text import TextDataModule, map_rows
 
 __all__ = ["SummarizationDataModule"]
 
@@ -67,9 +67,7 @@ class SummarizationDataModule(TextDataModule):
         tokenize = functools.partial(
             _tokenize, tokenizer=self.tokenizer, columns=self.columns, prefix=self.prefix, lengths=self.lengths
         )
-        return {
-            split: rows.map(tokenize, batched=True, remove_columns=rows.column_names) for split, rows in splits.items()
-        }
+        return {split: map_rows(rows, tokenize, batched=True) for split, rows in splits.items()}
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return the function that pads texts and labels and keeps the references as text."""

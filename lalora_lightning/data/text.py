@@ -1,5 +1,6 @@
 """What the data modules for text share: texts are tokenized once and padded batch by batch."""
 
+import copy
 import os
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 
 from lalora_lightning.data.loading import load_pretrained
 
-__all__ = ["TextDataModule"]
+__all__ = ["TextDataModule", "map_rows"]
 
 
 class TextDataModule(LightningDataModule):
@@ -96,6 +97,20 @@ class TextDataModule(LightningDataModule):
         # Padded on the right, so that the first token of a text is never padding.
         self.tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name, padding_side="right")
         return self.tokenize()
+
+
+def map_rows(rows: Any, function: Callable[..., dict[str, list]], **arguments: Any) -> Any:
+    """Map a function over the rows of a data set, which replaces all columns and is cached.
+
+    The function is copied, because a call changes a tokenizer of transformers 4, which stores the truncation. The name
+    under which datasets caches the result would then be another one the next time.
+
+    Args:
+        rows: A split of a data set.
+        function: From rows to the new columns; must be picklable.
+        arguments: Further arguments of ``Dataset.map``.
+    """
+    return rows.map(copy.deepcopy(function), remove_columns=rows.column_names, **arguments)
 
 
 def _lengths(rows: Any) -> list[int]:

@@ -10,6 +10,7 @@ __all__ = [
     "is_conv1d",
     "is_linear",
     "is_quantized",
+    "keep_plain_format",
     "linear_parameter",
     "linear_shape",
     "linear_weight",
@@ -39,6 +40,21 @@ def is_4bit(module: nn.Module) -> bool:
 def is_quantized(module: nn.Module) -> bool:
     """Return whether a module is a 4-bit or 8-bit linear layer of bitsandbytes."""
     return is_4bit(module) or _is_from_bitsandbytes(module, "Linear8bitLt")
+
+
+def keep_plain_format(module: Any) -> None:
+    """Make a 4-bit layer keep its weight in the format that can be read and that gradients can pass.
+
+    On processors with AVX512-BF16, bitsandbytes repacks the weight of a layer at the first pass in evaluation mode that
+    needs no gradient. From then on the layer computes in bfloat16 and has no gradient with respect to its input, and
+    ``dequantize_4bit`` returns wrong numbers.
+    """
+    if not is_4bit(module):
+        return
+    module.support_avx512bf16_for_cpu = False
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        # bitsandbytes saves the plain format, and converts the weight back to do so.
+        module.state_dict()
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

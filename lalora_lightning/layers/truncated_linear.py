@@ -15,6 +15,7 @@ from lalora_lightning.layers.kernels import TruncatedLoRAFunction, add_adapter, 
 from lalora_lightning.layers.linear_kinds import (
     is_linear,
     is_quantized,
+    keep_plain_format,
     linear_parameter,
     linear_shape,
     linear_weight,
@@ -110,6 +111,7 @@ class TruncatedLoRALinear(nn.Module):
         self.base_layer = base_layer
         # Read in every forward pass.
         self._quantized = is_quantized(base_layer)
+        keep_plain_format(base_layer)
         self.out_features, self.in_features = linear_shape(base_layer)
         self.out_slices = tuple(out_slices or [(0, self.out_features)])
         require_slices(self.out_slices, self.out_features)

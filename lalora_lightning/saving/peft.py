@@ -173,14 +173,14 @@ def load_peft_adapter(
         for key, value in saved.items()
         if key not in own or own[key].shape != value.shape
     ]
-    highest = max((len(pair["A"]) for pair in factors.values() if "A" in pair), default=0)
+    highest = max((len(pair["A"]) for pair in factors.values() if "A" in pair and pair["A"].ndim == 2), default=0)
     layers = {}
     for name, pair in factors.items():
         try:
             if not is_linear(modules.get(name, nn.Identity())):
                 raise ValueError("the model has no linear layer of this name")
             layers[name] = _layer(modules[name], pair, _scaling(config, name, pair), highest)
-        except (ValueError, KeyError, RuntimeError) as error:
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, re.error) as error:
             problems.append(f"{name}: {str(error).rstrip('.')}")
     if not factors:
         problems.append("it holds no LoRA of a linear layer")

@@ -71,6 +71,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"Expected an adapter of PEFT in {folder} but it cannot be read ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"Expected {CONFIG_FILE} in {folder} to hold an object but it holds a {type(config).__name__}."
+        )
     _require_plain_lora(config, folder)
     return config, tensors
 

@@ -143,7 +143,7 @@ def _quantization_keys(model: nn.Module, state: Mapping[str, Any]) -> set[str]:
 def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     loaded = load_file(path, "a file of torch.save or of a Trainer")
     if isinstance(loaded, Mapping) and "pytorch-lightning_version" in loaded:
-        loaded = loaded["state_dict"]
+        loaded = loaded.get("state_dict")
     if not isinstance(loaded, Mapping):
         raise ValueError(f"Expected {path} to hold a state dict but it holds a {type(loaded).__name__}.")
     return loaded
