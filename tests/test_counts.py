@@ -11,7 +11,7 @@ from recipes.bench_ops import (
     compiled_graphs,
     step_counts,
 )
-from tests.conftest import TinyTransformer
+from tests.helpers.models import TinyTransformer
 
 
 def test_counter_counts_kernels_and_no_views():

@@ -20,7 +20,7 @@ from lalora_lightning import (
     trim_lora,
 )
 from lalora_lightning.initialization import FACTORIZATIONS, Init, milora, olora, pissa
-from tests.conftest import TinyTransformer
+from tests.helpers.models import TinyTransformer
 
 INITS = get_args(Init)
 X = torch.linspace(-1, 1, 4 * 5 * 8).view(4, 5, 8)

@@ -12,14 +12,14 @@ from transformers import Trainer, TrainingArguments
 
 from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, lora_layers
 from lalora_lightning.transformers_trainer import LaLoraTrainerCallback
-from tests.conftest import TinyTransformer
-from tests.test_callback import Task, loader, new_trainer
+from tests.helpers.models import TinyTransformer
+from tests.helpers.training import TinyClassifier, loader, new_trainer
 
 
 def by_trainer(folder: Path) -> list[list[int]]:
     torch.manual_seed(0)
     callback = LaLoraCallback(rank=4, gamma=1.0)
-    new_trainer(folder, callback).fit(Task(), loader())
+    new_trainer(folder, callback).fit(TinyClassifier(), loader())
     return [ranks for _, ranks, _ in callback.history[1:]]
 
 
@@ -45,7 +45,7 @@ def by_hand(fabric: Fabric | None) -> list[list[int]]:
     return trajectory
 
 
-class TransformersTask(nn.Module):
+class TransformersClassifier(nn.Module):
     """What transformers' Trainer asks of a model: a loss first."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class OrderedTrainer(Trainer):
 
 def new_transformers_trainer(folder: Path, *callbacks: Any, **settings: Any) -> OrderedTrainer:
     torch.manual_seed(0)
-    model = TransformersTask()
+    model = TransformersClassifier()
     add_lora(model, rank=4)
     arguments = TrainingArguments(
         folder,
@@ -155,7 +155,9 @@ def test_transformers_trainer_resumes_only_its_own_runs(tmp_path: Path):
 
 
 def test_transformers_trainer_needs_an_adapted_model(tmp_path: Path):
-    trainer = Trainer(TransformersTask(), TrainingArguments(tmp_path, use_cpu=True), train_dataset=loader().dataset)
+    trainer = Trainer(
+        TransformersClassifier(), TrainingArguments(tmp_path, use_cpu=True), train_dataset=loader().dataset
+    )
     trainer.add_callback(LaLoraTrainerCallback())
     with pytest.raises(ValueError, match=r"call add_lora\(model\) first"):
         trainer.train()

@@ -20,7 +20,7 @@ from lalora_lightning import (
     lora_layers,
     lora_state_dict,
 )
-from tests.conftest import TinyTransformer
+from tests.helpers.models import TinyTransformer
 
 NUMBERS = st.one_of(
     st.integers(-3, 12), st.floats(-3.0, 12.0), st.sampled_from([math.nan, math.inf, -math.inf, 1e30, -0.0])

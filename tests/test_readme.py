@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
 
 from lalora_lightning import lora_layers
-from tests.conftest import TinyTransformer
-from tests.test_callback import Task
+from tests.helpers.models import TinyTransformer
+from tests.helpers.training import TinyClassifier
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -41,7 +41,7 @@ def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr("timm.create_model", lambda *_, **__: vit)
 
-    module = Task()
+    module = TinyClassifier()
     module.model = TinyTransformer(width=16)
     x = torch.randn(6, 4, 5, 16)
     labels = torch.arange(4) % 2

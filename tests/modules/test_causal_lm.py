@@ -11,7 +11,7 @@ from lalora_lightning import LaLoraCallback, lora_layers
 from lalora_lightning.data.commonsense import ANSWERS, CommonsenseDataModule
 from lalora_lightning.modules.causal_lm import CausalLMModule, first_choice
 from tests.data.test_commonsense import _cache, build_model, load, row, write  # noqa: F401
-from tests.test_callback import new_trainer
+from tests.helpers.training import new_trainer
 
 REAL = Path(__file__).parents[2].parent / "shared" / "data" / "commonsense"
 # The patterns of LLM-Adapters, which uses the first match.

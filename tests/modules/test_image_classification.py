@@ -8,7 +8,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from lalora_lightning import LaLoraCallback, lora_layers
 from lalora_lightning.modules.image_classification import ImageClassificationModule
-from tests.test_callback import new_trainer
+from tests.helpers.training import new_trainer
 
 TINY = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 

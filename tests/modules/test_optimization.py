@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from lalora_lightning.modules.optimization import adamw_with_linear_decay, parameter_groups
 from lalora_lightning.modules.task import TaskModule
-from tests.test_callback import loader, new_trainer
+from tests.helpers.training import loader, new_trainer
 
 
-class Task(pl.LightningModule):
+class Linear(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.frozen = nn.Linear(8, 8).requires_grad_(False)
@@ -27,14 +27,14 @@ class Task(pl.LightningModule):
 
 
 def test_rate_warms_up_and_falls_to_zero(tmp_path: Path):
-    task = Task()
+    task = Linear()
     new_trainer(tmp_path, max_epochs=2).fit(task, loader(5))
     # 10 steps, of which 3 warm up: 1/4, 2/4, 3/4, then 7/7, 6/7, ..., 1/7.
     assert task.rates == pytest.approx([0.25, 0.5, 0.75, *(k / 7 for k in range(7, 0, -1))])
 
 
 def test_matrices_decay_and_vectors_do_not():
-    task = Task()
+    task = Linear()
     matrices, vectors = parameter_groups(task, weight_decay=0.1)
     assert matrices["weight_decay"] == 0.1
     assert [p is task.head.weight for p in matrices["params"]] == [True]
@@ -46,7 +46,7 @@ def test_matrices_decay_and_vectors_do_not():
 def test_a_run_of_unknown_length(tmp_path: Path):
     trainer = new_trainer(tmp_path, max_epochs=-1)
     with pytest.raises(ValueError, match="run of known length"):
-        trainer.fit(Task(), loader())
+        trainer.fit(Linear(), loader())
 
 
 @pytest.mark.parametrize("warmup", [-0.1, 1.0, 500])

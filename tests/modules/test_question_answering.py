@@ -9,7 +9,7 @@ from lalora_lightning import LaLoraCallback, lora_layers
 from lalora_lightning.data.squad import SquadDataModule
 from lalora_lightning.modules.question_answering import QuestionAnsweringModule, best_spans, span_texts
 from tests.data.test_squad import LETTERS, Row, _cache, load, write, write_tokenizer  # noqa: F401
-from tests.test_callback import new_trainer
+from tests.helpers.training import new_trainer
 
 QUESTION = "which number ?"
 NUMBERS = ("seven", "eight", "nine")

@@ -15,7 +15,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from lalora_lightning import LaLoraCallback, lora_layers
 from lalora_lightning.modules.seq2seq import Seq2SeqModule
 from tests.data.test_summarization import save_tokenizer
-from tests.test_callback import new_trainer
+from tests.helpers.training import new_trainer
 
 WORDS = ["the", "cat", "sat", "on", "mat", "a", "dog", "ran"]
 KEYS = ("rouge1", "rouge2", "rougeL")

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lalora_lightning import LaLoraCallback, lora_layers
 from lalora_lightning.modules.sequence_classification import SequenceClassificationModule
-from tests.test_callback import new_trainer
+from tests.helpers.training import new_trainer
 
 CONFIG = {
     "vocab_size": 20,

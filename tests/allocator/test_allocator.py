@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lalora_lightning import RankAllocator, TruncatedLoRALinear, add_lora, lora_layers, trim_lora
-from tests.conftest import TinyTransformer
+from tests.helpers.models import TinyTransformer
 
 
 class Projections(nn.Module):

@@ -1,50 +1,28 @@
 """Several processes: the same ranks on each of them at every step, and the same as one process gives."""
 
 import functools
-import multiprocessing
 import os
-import socket
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, load_lora_state_dict
-from tests.conftest import TinyTransformer
-from tests.test_callback import Task, new_trainer
+from tests.helpers.models import TinyTransformer
+from tests.helpers.processes import ShardedClassifier, batches, in_processes, strategy_of
+from tests.helpers.training import TinyClassifier, new_trainer
 
-EPOCHS, STEPS, GLOBAL_BATCH = 2, 6, 8
+EPOCHS = 2
 
 
 @pytest.fixture(autouse=True)
 def _no_seed_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     # With one, Lightning starts several processes from it, and one process not.
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-
-
-class ShardedTask(Task):
-    """Each block, and the rest, sharded by FSDP2; the callback has put its layers in by then."""
-
-    def configure_model(self) -> None:
-        mesh = self.device_mesh["data_parallel"]
-        for block in self.model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(self.model, mesh=mesh)
-
-
-def batches(world: int) -> DataLoader:
-    """Rows dealt out in turn, so that a global batch is the same rows for any number of processes."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(STEPS * GLOBAL_BATCH, 5, 8, generator=generator)
-    data = TensorDataset(x, (x.mean((1, 2)) > 0).long())
-    sampler = DistributedSampler(data, world, int(os.environ.get("LOCAL_RANK", 0)), shuffle=False)
-    return DataLoader(data, batch_size=GLOBAL_BATCH // world, sampler=sampler)
 
 
 def train(
@@ -59,42 +37,12 @@ def train(
     """Fit; returns history and whole weights."""
     torch.manual_seed(0)
     sharded = isinstance(strategy, ModelParallelStrategy)
-    module = ShardedTask() if sharded else Task()
+    module = ShardedClassifier() if sharded else TinyClassifier()
     callback = LaLoraCallback(rank=4, gamma=1.0, contribution=contribution, save_adapter_only=save_adapter_only)
     trainer = new_trainer(folder, callback, strategy=strategy, devices=world, max_epochs=epochs)
     trainer.fit(module, batches(world), **settings)
     state = {name: p.full_tensor() if sharded else p for name, p in module.named_parameters()}
     return callback.history, {name: p.detach().clone() for name, p in state.items()}, trainer
-
-
-def in_processes(world: int, folder: Path, work: Callable[[], Any]) -> list[Any]:
-    """What ``work`` returns in each of several processes, which are told about each other as torchrun would."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def process(rank: int) -> None:
-        os.environ.update(
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(world)
-        )
-        torch.save(work(), folder / f"{rank}.pt")
-
-    # Forked: torch need not be imported again.
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=process, args=(rank,)) for rank in range(world)]
-    for child in processes:
-        child.start()
-    for child in processes:
-        child.join(timeout=120)
-        child.kill()
-    assert [child.exitcode for child in processes] == [0] * world
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
-
-def strategy_of(name: str, world: int) -> Any:
-    if name == "ddp":
-        return DDPStrategy()
-    return ModelParallelStrategy(world, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +88,7 @@ def test_a_sharded_run_is_resumed(tmp_path: Path, save_adapter_only: bool):
         # Whole adapters, for one process as well.
         state = torch.load(tmp_path / "half.ckpt", weights_only=True)["state_dict"]
         assert "model.blocks.0.key.weight" not in state
-        load_lora_state_dict(Task(), state)
+        load_lora_state_dict(TinyClassifier(), state)
 
 
 def test_adapter_only_parts_of_each_process_are_refused(tmp_path: Path):
@@ -161,9 +109,9 @@ def test_a_sharded_run_is_tested_from_adapters_and_compares_them(tmp_path: Path)
         _, weights, trainer = train(tmp_path, world, strategy_of("fsdp2", world), epochs=1)
         trainer.save_checkpoint(tmp_path / "end.ckpt")
 
-        def test(path: Path, **settings: Any) -> ShardedTask:
+        def test(path: Path, **settings: Any) -> ShardedClassifier:
             torch.manual_seed(0)
-            module = ShardedTask()
+            module = ShardedClassifier()
             callback = LaLoraCallback(rank=4, save_adapter_only=True, **settings)
             strategy = strategy_of("fsdp2", world)
             tester = new_trainer(tmp_path, callback, strategy=strategy, devices=world)

@@ -25,8 +25,8 @@ from lalora_lightning import (
     merge_lora,
     save_peft_adapter,
 )
-from tests.conftest import TinyTransformer
-from tests.test_callback import Task, loader, new_trainer
+from tests.helpers.models import TinyTransformer
+from tests.helpers.training import TinyClassifier, loader, new_trainer
 
 bnb = pytest.importorskip("bitsandbytes")
 X = torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(0))
@@ -160,7 +160,7 @@ def test_starts_come_from_the_dequantised_weight():
     torch.testing.assert_close(layer(x), layer.base_layer(x))
 
 
-class QuantizedTask(Task):
+class QuantizedClassifier(TinyClassifier):
     def __init__(self, bits: int) -> None:
         super().__init__(lr=0.01)
         self.model = quantized_model(bits)
@@ -173,7 +173,7 @@ class QuantizedTask(Task):
 @both
 def test_a_trainer_run_goes_on_from_its_checkpoint(bits, tmp_path):
     def run(folder, epochs, ckpt_path=None):
-        task, callback = QuantizedTask(bits), LaLoraCallback(rank=4, gamma=20.0)
+        task, callback = QuantizedClassifier(bits), LaLoraCallback(rank=4, gamma=20.0)
         pl.seed_everything(0, verbose=False)
         trainer = new_trainer(folder, callback, max_epochs=epochs)
         trainer.fit(task, loader(), ckpt_path=ckpt_path)

@@ -21,15 +21,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lalora_lightning import LaLoraCallback, lora_layers
-from tests.test_callback import Task, loader, new_trainer
+from tests.helpers.training import TinyClassifier, loader, new_trainer
 
 
-def ranks_in_force(module: Task) -> list[int]:
+def ranks_in_force(module: TinyClassifier) -> list[int]:
     layers = lora_layers(module)
     return [int(layers[f"model.blocks.{i}.query"].rank) for i in range(3)]
 
 
-def fit(folder: Path, module: Task, *callbacks: pl.Callback, **settings: Any) -> tuple[LaLoraCallback, pl.Trainer]:
+def fit(
+    folder: Path, module: TinyClassifier, *callbacks: pl.Callback, **settings: Any
+) -> tuple[LaLoraCallback, pl.Trainer]:
     """Fit with one validation batch; the layers hold what the allocator decided, whatever else happened."""
     callback = LaLoraCallback(rank=4, gamma=1.0)
     trainer = new_trainer(folder, callback, *callbacks, **settings)
@@ -40,7 +42,7 @@ def fit(folder: Path, module: Task, *callbacks: pl.Callback, **settings: Any) ->
 
 def test_accumulation_that_changes_during_the_run(tmp_path: Path):
     """7 batches an epoch: 7 steps, then 4 of two batches, then 2 of four."""
-    callback, trainer = fit(tmp_path, Task(), GradientAccumulationScheduler({1: 2, 2: 4}))
+    callback, trainer = fit(tmp_path, TinyClassifier(), GradientAccumulationScheduler({1: 2, 2: 4}))
     assert trainer.global_step == callback.allocator.steps == 7 + 4 + 2
 
 
@@ -53,18 +55,18 @@ def test_the_fisher_average_takes_gradients_before_they_are_clipped(tmp_path: Pa
         trainer = new_trainer(
             tmp_path, callback, gradient_clip_val=clip, gradient_clip_algorithm=algorithm, max_steps=1
         )
-        trainer.fit(Task(), loader())
+        trainer.fit(TinyClassifier(), loader())
         fishers.append(callback.allocator.state_dict()["fisher"])
     assert fishers[0].any()
     assert torch.equal(*fishers)
 
 
 def test_gradients_may_be_clipped(tmp_path: Path):
-    callback, _ = fit(tmp_path, Task(), gradient_clip_val=0.1)
+    callback, _ = fit(tmp_path, TinyClassifier(), gradient_clip_val=0.1)
     assert callback.allocator.steps == 21
 
 
-class TwoOptimizers(Task):
+class TwoOptimizers(TinyClassifier):
     """Manual optimization: the adapters at every batch, the head at every second one."""
 
     def __init__(self) -> None:
@@ -99,14 +101,14 @@ def test_several_optimizers_by_hand_are_one_step_a_batch(tmp_path: Path):
 
 def test_early_stopping_by_the_total_rank(tmp_path: Path):
     stopping = EarlyStopping("rank/total", stopping_threshold=4, mode="max", check_on_train_epoch_end=True)
-    callback, trainer = fit(tmp_path, Task(), stopping, max_epochs=50)
+    callback, trainer = fit(tmp_path, TinyClassifier(), stopping, max_epochs=50)
     assert trainer.current_epoch < 50
     assert int(callback.allocator.ranks.sum()) > 4
 
 
 def test_the_best_checkpoint_has_the_ranks_of_its_step(tmp_path: Path):
     checkpoints = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=-1, filename="{step}")
-    callback, _ = fit(tmp_path, Task(), checkpoints, enable_checkpointing=True)
+    callback, _ = fit(tmp_path, TinyClassifier(), checkpoints, enable_checkpointing=True)
     history = {step: ranks for step, ranks, _ in callback.history}
     assert len(checkpoints.best_k_models) == 3
     for path in checkpoints.best_k_models:
@@ -140,9 +142,9 @@ def test_the_tuner_finds_a_learning_rate_before_fit(tmp_path: Path):
     assert callback.allocator.steps == 21
 
 
-def start() -> tuple[Task, LaLoraCallback]:
+def start() -> tuple[TinyClassifier, LaLoraCallback]:
     torch.manual_seed(0)
-    return Task(), LaLoraCallback(rank=4, gamma=1.0)
+    return TinyClassifier(), LaLoraCallback(rank=4, gamma=1.0)
 
 
 def test_the_batch_size_finder_leaves_no_trace(tmp_path: Path):
@@ -164,12 +166,12 @@ def test_the_batch_size_finder_leaves_no_trace(tmp_path: Path):
 
 
 def test_overfit_batches(tmp_path: Path):
-    callback, _ = fit(tmp_path, Task(), overfit_batches=2, max_epochs=10)
+    callback, _ = fit(tmp_path, TinyClassifier(), overfit_batches=2, max_epochs=10)
     assert callback.allocator.steps == 20
 
 
 def test_fast_dev_run(tmp_path: Path):
-    callback, _ = fit(tmp_path, Task(), fast_dev_run=True)
+    callback, _ = fit(tmp_path, TinyClassifier(), fast_dev_run=True)
     assert callback.allocator.steps == 1
 
 
@@ -185,7 +187,7 @@ def test_validation_inside_an_epoch_changes_nothing(tmp_path: Path):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
 def test_precision(tmp_path: Path, precision: str):
-    module = Task()
+    module = TinyClassifier()
     callback, _ = fit(tmp_path, module, precision=precision)
     expected = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
     assert module.model.blocks[0].query.lora_A.dtype == expected[precision]
@@ -200,7 +202,7 @@ def test_precision(tmp_path: Path, precision: str):
 def test_a_gradient_scaler_that_skips_steps(tmp_path: Path, contribution: str):
     """The scale starts so high that the loss overflows until it has been halved a few times."""
 
-    class Large(Task):
+    class Large(TinyClassifier):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             return 100 * super().training_step(batch, batch_idx)
 
@@ -228,7 +230,7 @@ def test_a_gradient_scaler_that_skips_steps(tmp_path: Path, contribution: str):
 
 
 def test_sanity_checking_needs_no_allocator(tmp_path: Path):
-    class Checked(Task):
+    class Checked(TinyClassifier):
         def on_validation_start(self) -> None:
             seen.append(ranks_in_force(self))
 

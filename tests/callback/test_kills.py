@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch.utils.data import DataLoader
 
 from lalora_lightning import LaLoraCallback
-from tests.test_callback import Dropping, loader, new_trainer
+from tests.helpers.training import DroppingClassifier, loader, new_trainer
 
 EPOCHS, KILLS = 70, 24
 STEP, VALIDATION, WRITING = 1, 2, 3
@@ -52,7 +52,7 @@ class ReportingIO(TorchCheckpointIO):
 def train(folder: Path, progress: Progress) -> None:
     """Start, or go on from the last checkpoint; at the end write weights and history."""
     torch.manual_seed(1)
-    module, callback = Dropping(), LaLoraCallback(rank=4, gamma=0.5, save_adapter_only=True)
+    module, callback = DroppingClassifier(), LaLoraCallback(rank=4, gamma=0.5, save_adapter_only=True)
     checkpoints = ModelCheckpoint(folder, monitor="val/loss", save_top_k=2, save_last=True)
     trainer = new_trainer(
         folder,

@@ -21,7 +21,7 @@ from lalora_lightning import (
     save_peft_adapter,
     trim_lora,
 )
-from tests.conftest import Attention, TinyTransformer
+from tests.helpers.models import Attention, TinyTransformer
 
 
 def fresh(rank: int = 4) -> TinyTransformer:

@@ -38,7 +38,7 @@ from lalora_lightning import (
     save_peft_adapter,
     trim_lora,
 )
-from tests.conftest import TinyTransformer
+from tests.helpers.models import TinyTransformer
 
 BERT_LIKE: dict[str, Any] = {
     "vocab_size": 30,

@@ -22,12 +22,12 @@ from lalora_lightning.report import main
 from lalora_lightning.report.console import print_rank_report, rank_rows, rank_totals
 from lalora_lightning.runs import read_run, trimmed_bytes
 from lalora_lightning.sparsity import layer_sparsity
-from tests.conftest import TinyTransformer
-from tests.test_callback import Task, loader, new_trainer
-from tests.test_distributed import ShardedTask, batches, in_processes, strategy_of
+from tests.helpers.models import TinyTransformer
+from tests.helpers.processes import ShardedClassifier, batches, in_processes, strategy_of
+from tests.helpers.training import TinyClassifier, loader, new_trainer
 
 
-class Saved(Task):
+class Saved(TinyClassifier):
     def __init__(self, lr: float = 0.05) -> None:
         super().__init__(lr)
         self.save_hyperparameters()
@@ -213,10 +213,10 @@ def test_tensorboard_opens_with_charts_and_results(fitted: tuple):
 
 def test_the_ranks_are_printed_after_fit(tmp_path: Path, capsys: pytest.CaptureFixture):
     callback = LaLoraCallback(rank=4)
-    new_trainer(tmp_path, callback, max_epochs=1).fit(Task(), loader())
+    new_trainer(tmp_path, callback, max_epochs=1).fit(TinyClassifier(), loader())
     assert capsys.readouterr().out == ""
     callback = LaLoraCallback(rank=4)
-    new_trainer(tmp_path, callback, max_epochs=1, enable_model_summary=True).fit(Task(), loader())
+    new_trainer(tmp_path, callback, max_epochs=1, enable_model_summary=True).fit(TinyClassifier(), loader())
     out = capsys.readouterr().out
     assert "of model.blocks.*" in out
     assert f"total rank {sum(callback.history[-1][1])} of LoRA's 12" in " ".join(out.split())
@@ -279,7 +279,7 @@ def test_two_processes_log_and_print_once(tmp_path: Path, monkeypatch: pytest.Mo
         torch.manual_seed(0)
         logger = CSVLogger(tmp_path, "", f"{world}")
         settings = {"strategy": strategy, "devices": world, "logger": logger, "enable_model_summary": True}
-        module = Task() if world == 1 or name == "ddp" else ShardedTask()
+        module = TinyClassifier() if world == 1 or name == "ddp" else ShardedClassifier()
         with contextlib.redirect_stdout(io.StringIO()) as out:
             callback = LaLoraCallback(rank=4, gamma=1.0, log_sparsity=True)
             new_trainer(tmp_path, callback, max_epochs=1, **settings).fit(module, batches(world))
@@ -298,7 +298,7 @@ def test_two_processes_log_and_print_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_checkpoint_of_fixed_ranks_has_no_trajectories(tmp_path: Path):
     trainer = new_trainer(tmp_path, LaLoraCallback(rank=4, fixed_ranks=True), max_epochs=1)
-    trainer.fit(Task(), loader())
+    trainer.fit(TinyClassifier(), loader())
     trainer.save_checkpoint(tmp_path / "fixed.ckpt")
     with pytest.raises(ValueError, match="of a run with adaptive ranks but its ranks were fixed"):
         read_run(tmp_path / "fixed.ckpt")

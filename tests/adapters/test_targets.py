@@ -1,0 +1,88 @@
+"""Which layers are adapted."""
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import timm
+import transformers
+from torch import nn
+
+from lalora_lightning import add_lora, lora_layers
+from tests.helpers.families import timm_vit
+from tests.helpers.models import TinyTransformer, unchanged
+
+
+def test_fused_projections_leave_the_key_as_it_is():
+    model = timm_vit()
+    add_lora(model, rank=4)
+    layer = model.blocks[0].attn.qkv
+    nn.init.normal_(layer.lora_B)
+    increment = layer.increment()
+    assert increment[:32].any()
+    assert not increment[32:64].any()
+    assert increment[64:].any()
+
+
+def test_a_fused_projection_named_by_the_user_is_adapted_whole():
+    model = timm_vit()
+    add_lora(model, rank=4, target_modules=["qkv"])
+    assert model.blocks[0].attn.qkv.out_slices == ((0, 96),)
+
+
+def test_heads_one_after_the_other_are_adapted_whole():
+    """A third of such a projection is no query: MaxViT's attention has q, k, v of head 1, then of head 2, ..."""
+    attention = timm.models.maxxvit.AttentionCl(dim=64, dim_head=32)
+    model = nn.Sequential(OrderedDict(attention=attention, head=nn.Linear(64, 2)))
+    add_lora(model, rank=4)
+    assert model.attention.qkv.out_slices == ((0, 192),)
+    attention = timm.models.maxxvit.AttentionCl(dim=64, dim_head=32, head_first=False)
+    model = nn.Sequential(OrderedDict(attention=attention, head=nn.Linear(64, 2)))
+    add_lora(model, rank=4)
+    assert model.attention.qkv.out_slices == ((0, 64), (128, 192))
+
+
+def test_cross_attention_that_fuses_key_and_value_is_not_taken_for_query_and_value():
+    config = transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, add_cross_attention=True)
+    model = transformers.GPT2LMHeadModel(config)
+    add_lora(model, rank=4)
+    assert list(lora_layers(model)) == ["transformer.h.0.attn.c_attn"]
+
+
+def test_targets_by_name_by_longer_name_and_by_regular_expression(model: TinyTransformer):
+    for target, expected in (
+        (["key"], ["blocks.0.key", "blocks.1.key", "blocks.2.key"]),
+        (["1.key", "0.query"], ["blocks.0.query", "blocks.1.key"]),
+        (r"blocks\.[02]\.(key|value)", ["blocks.0.key", "blocks.0.value", "blocks.2.key", "blocks.2.value"]),
+    ):
+        adapted = copy.deepcopy(model)
+        add_lora(adapted, rank=2, target_modules=target)
+        assert list(lora_layers(adapted)) == expected
+
+
+def test_targets_that_match_nothing_list_the_linear_layers(model: TinyTransformer):
+    with pytest.raises(
+        ValueError, match=r"nothing matches 'qurey'.*seen: blocks.0.query to blocks.2.query \(3\), .*, head\."
+    ):
+        add_lora(model, target_modules=["value", "qurey"])
+    with pytest.raises(ValueError, match=r"nothing matches 'blocks.9.\*'"):
+        add_lora(model, target_modules="blocks.9.*")
+    with pytest.raises(ValueError, match=r"found none; name the layers to adapt.*Linear layers seen: 0 to 1 \(2\)\."):
+        add_lora(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    assert unchanged(model)
+
+
+def test_a_target_that_is_not_linear(model: TinyTransformer):
+    with pytest.raises(TypeError, match=r"match blocks.0 \(Attention\)"):
+        add_lora(model, target_modules=["blocks.0", "blocks.1.query"])
+    assert unchanged(model)
+
+
+def test_a_target_whose_weight_is_tied(model: TinyTransformer):
+    model.blocks[2].value.weight = model.blocks[0].query.weight
+    with pytest.raises(ValueError, match=r"blocks\.0\.query and blocks\.2\.value share one"):
+        add_lora(model)
+    model.blocks[2].value = model.blocks[0].value
+    with pytest.raises(ValueError, match=r"blocks\.0\.value and blocks\.2\.value share one"):
+        add_lora(model)
+    assert unchanged(model)

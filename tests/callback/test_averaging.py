@@ -1,0 +1,57 @@
+"""Callbacks of Lightning that average weights."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import Tensor
+
+from lalora_lightning import LaLoraCallback
+from tests.helpers.training import TinyClassifier, loader, new_trainer
+
+
+def test_averaging_leaves_the_ranks_alone(tmp_path: Path):
+    module, callback = TinyClassifier(), LaLoraCallback(rank=4, gamma=3.0)
+    new_trainer(tmp_path, callback, WeightAveraging(use_buffers=False)).fit(module, loader(), loader(2))
+    ranks = callback.allocator.ranks.tolist()
+    assert sum(ranks) > 3
+    assert [int(module.model.blocks[i].query.rank) for i in range(3)] == ranks
+    for i, rank in enumerate(ranks):
+        assert module.model.blocks[i].query.rank_mask.tolist() == [k < rank for k in range(4)]
+
+
+def test_stochastic_weight_averaging_averages_the_adapters(tmp_path: Path):
+    class Recorder(pl.Callback):
+        def __init__(self) -> None:
+            self.seen: list[Tensor] = []
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.seen.append(pl_module.model.blocks[0].query.lora_B.detach().clone())
+
+    module, callback, recorder = TinyClassifier(), LaLoraCallback(rank=4, gamma=3.0), Recorder()
+    averaging = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=2, annealing_epochs=1)
+    new_trainer(tmp_path, callback, recorder, averaging, max_epochs=3).fit(module, loader())
+    # It takes the weights at the start of the second and the third epoch.
+    average = (recorder.seen[0] + recorder.seen[1]) / 2
+    torch.testing.assert_close(module.model.blocks[0].query.lora_B.detach(), average)
+    assert [int(module.model.blocks[i].query.rank) for i in range(3)] == callback.allocator.ranks.tolist()
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        ([LaLoraCallback(rank=4), WeightAveraging()], "has use_buffers=True; give it use_buffers=False"),
+        ([WeightAveraging(use_buffers=False), LaLoraCallback(rank=4)], "to come after LaLoraCallback"),
+        ([StochasticWeightAveraging(1e-3), LaLoraCallback(rank=4)], "to come after LaLoraCallback"),
+        (
+            [LaLoraCallback(rank=4, save_adapter_only=True), WeightAveraging(use_buffers=False)],
+            "Expected save_adapter_only=False with WeightAveraging",
+        ),
+    ],
+)
+def test_averaging_that_cannot_work_is_refused(tmp_path: Path, callbacks: list[pl.Callback], message: str):
+    module = TinyClassifier()
+    with pytest.raises(ValueError, match=message):
+        new_trainer(tmp_path, *callbacks).fit(module, loader())

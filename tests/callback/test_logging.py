@@ -1,0 +1,89 @@
+"""What a run logs and keeps as its history."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lalora_lightning import LaLoraCallback
+from tests.helpers.training import TinyClassifier, loader, new_trainer
+
+
+def test_two_loggers_hold_the_keys(tmp_path: Path):
+    loggers = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")]
+    callback = LaLoraCallback(rank=4, gamma=3.0)
+    new_trainer(tmp_path, callback, logger=loggers, log_every_n_steps=5).fit(TinyClassifier(), loader())
+    keys = {f"rank/model.blocks.{i}" for i in range(3)} | {"rank/total", "rank/budget"}
+
+    with open(Path(loggers[0].log_dir) / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert keys <= set(rows[0])
+    # 21 steps, counted from zero as Lightning does: every fifth, and the last.
+    assert [int(row["step"]) for row in rows] == [4, 9, 14, 19, 20]
+    for row, (step, ranks, budget) in zip(rows, callback.history[1:], strict=True):
+        assert int(row["step"]) == step - 1
+        assert [float(row[f"rank/model.blocks.{i}"]) for i in range(3)] == ranks
+        assert float(row["rank/total"]) == sum(ranks)
+        assert float(row["rank/budget"]) == pytest.approx(budget)
+
+    events = EventAccumulator(loggers[1].log_dir).Reload()
+    assert keys <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("rank/total")] == [4, 9, 14, 19, 20]
+    assert "rank/trajectories" in events.Tags()["images"]
+
+
+def test_the_total_rank_is_in_the_progress_bar(tmp_path: Path):
+    callback = LaLoraCallback(rank=4, gamma=3.0)
+    trainer = new_trainer(tmp_path, callback)
+    trainer.fit(TinyClassifier(), loader())
+    assert trainer.progress_bar_metrics["rank/total"] == sum(callback.history[-1][1])
+
+
+def test_numbers_are_asked_from_the_device_at_logging_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    callback = LaLoraCallback(rank=4)
+    read = callback._read
+    reads = []
+    monkeypatch.setattr(callback, "_read", lambda trainer: reads.append(trainer.global_step) or read(trainer))
+    new_trainer(tmp_path, callback, log_every_n_steps=10).fit(TinyClassifier(), loader())
+    # At the start, every tenth step, and the last.
+    assert reads == [0, 10, 20, 21]
+
+
+def test_weights_that_are_not_finite_are_reported_and_change_no_rank(tmp_path: Path):
+    class Diverging(TinyClassifier):
+        def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+            if self.global_step >= 10:
+                self.model.blocks[0].query.lora_B.grad.fill_(float("nan"))
+
+    module, callback = Diverging(), LaLoraCallback(rank=4, gamma=3.0)
+    trainer = new_trainer(tmp_path, callback, log_every_n_steps=7)
+    with pytest.warns(UserWarning, match="4 optimizer steps since the last report left weights that are NaN or Inf"):
+        trainer.fit(module, loader())
+    steps, ranks, budgets = zip(*callback.history, strict=True)
+    assert steps == (0, 7, 14, 21)
+    assert ranks[2] == ranks[3]
+    assert budgets[2] == budgets[3]
+    assert callback.allocator.skipped == 11
+    trainer.save_checkpoint(tmp_path / "diverged.ckpt")
+    again = LaLoraCallback(rank=4)
+    new_trainer(tmp_path, again, max_epochs=4).fit(TinyClassifier(), loader(), ckpt_path=tmp_path / "diverged.ckpt")
+    assert again.allocator.ranks.tolist() == ranks[3]
+
+
+def test_history_stays_short_and_keeps_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lalora_lightning.callback.history.MAX_READINGS", 10)
+    callback = LaLoraCallback(rank=4)
+    new_trainer(tmp_path, callback).fit(TinyClassifier(), loader())
+    steps = [step for step, _, _ in callback.history]
+    assert len(steps) <= 10
+    assert steps[0] == 0
+    assert steps[-1] == 21
+    assert steps == sorted(steps)
+
+
+def test_plot_before_fit():
+    with pytest.raises(RuntimeError, match="fit has not started"):
+        LaLoraCallback().plot()
