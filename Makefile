@@ -16,7 +16,7 @@ lint: .venv/lint-installed
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/mypy
 
-# Material's advertisement for its successor is silenced.
+# The variable silences the theme's notice on its successor.
 docs: .venv/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

@@ -29,7 +29,7 @@ def accidental_blocks(markdown: str) -> list[tuple[int, str]]:
     found = []
     fence = ""
     previous = ""
-    # Of the lists that are open, by indentation: the bullet, or the last number.
+    # The lists that are open, by their indentation: their bullet or their last number.
     lists: dict[int, str | int] = {}
     for number, line in enumerate(markdown.splitlines(), start=1):
         if match := FENCE.match(line):
@@ -43,13 +43,15 @@ def accidental_blocks(markdown: str) -> list[tuple[int, str]]:
             continue
         indent = len(line) - len(line.lstrip())
         if not previous:
-            lists = {column: mark for column, mark in lists.items() if column <= indent and (indent or column == 0)}
+            lists = {column: mark for column, mark in lists.items() if column <= indent}
             if indent >= 4 and not lists:  # a block of code
                 continue
         if match := MARKER.match(line):
             mark: str | int = match["bullet"] or int(match["number"])
             follows = lists.get(indent) == (mark - 1 if isinstance(mark, int) else mark)
-            begins = (not previous or MARKER.match(previous) is not None) and mark in (0, 1, "-", "+", "*")
+            above = MARKER.match(previous)
+            is_nested = above is not None and indent > len(above["indent"])
+            begins = (not previous or is_nested) and mark in (0, 1, "-", "+", "*")
             if follows or begins:
                 lists = {column: other for column, other in lists.items() if column < indent} | {indent: mark}
             else:
