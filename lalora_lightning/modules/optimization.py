@@ -15,8 +15,7 @@ def adamw_with_linear_decay(
     Args:
         module: Attached to a Trainer, which knows the length of the run.
         learning_rate: Its peak.
-        weight_decay: Applied to matrices only: biases and norms are vectors. A parameter with ``_no_weight_decay``, as
-            state space models mark them, is left out, too.
+        weight_decay: Applied to matrices only: biases and norms are vectors.
         warmup: Fraction of the run's optimizer steps in which the rate rises from zero, in [0, 1).
 
     Raises:
@@ -39,9 +38,9 @@ def adamw_with_linear_decay(
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """The trainable parameters in two groups: matrices with weight decay; vectors, and what is marked, without."""
+    """The trainable parameters in two groups: matrices with weight decay, vectors without."""
     groups: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}
     for p in module.parameters():
         if p.requires_grad:
-            groups[weight_decay if p.ndim > 1 and not getattr(p, "_no_weight_decay", False) else 0.0].append(p)
+            groups[weight_decay if p.ndim > 1 else 0.0].append(p)
     return [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items() if parameters]

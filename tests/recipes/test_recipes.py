@@ -28,7 +28,7 @@ def recipe(name: str, *arguments: str, cwd: Path, check: bool = True) -> subproc
     ):
         patch.chdir(cwd)
         patch.setattr(sys, "argv", [module, *arguments])
-        for silencer in ("recipes.cli.quiet", "recipes.reporting.quiet"):
+        for silencer in ("recipes.cli.quiet", "recipes.console.quiet"):
             # It would go on for the tests that follow.
             patch.setattr(silencer, lambda: None)
         try:
