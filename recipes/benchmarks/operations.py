@@ -18,6 +18,7 @@ from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from lalora_lightning.tables import text_table
 
 __all__ = [
+    "SYNCHRONIZING",
     "OperationCounter",
     "allocator_counts",
     "allocator_synchronizations",
@@ -36,8 +37,8 @@ from lalora_lightning import RankAllocator, add_lora, lora_layers
 # Operations without a kernel. `_unsafe_view` is a view that autograd does not track.
 _FREE = {"aten.detach", "aten.alias", "aten.lift_fresh", "aten._unsafe_view", "aten.empty", "aten.promote_types"}
 
-# `item`, `bool` and `if`, and operations the shape of whose output depends on values on the device.
-_SYNCHRONIZING = ("aten._local_scalar_dense", "aten.equal", "aten.nonzero", "aten.masked_select")
+SYNCHRONIZING = ("aten._local_scalar_dense", "aten.equal", "aten.nonzero", "aten.masked_select")
+"""Operations that wait for the device: `item`, `bool` and `if`, and those whose output's shape depends on values."""
 
 
 class OperationCounter(TorchDispatchMode):
@@ -132,7 +133,7 @@ def allocator_synchronizations() -> int:
     allocator = RankAllocator(model)
     with OperationCounter() as counter:
         allocator.step()
-    return sum(counter.counts[name] for name in _SYNCHRONIZING)
+    return sum(counter.counts[name] for name in SYNCHRONIZING)
 
 
 def compiled_graphs(rank_changes: int = 50) -> tuple[int, float]:

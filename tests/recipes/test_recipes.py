@@ -113,8 +113,8 @@ def test_vit_cifar100_without_network_and_data(tmp_path: Path):
     done = recipe_offline("vit_cifar100", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1].startswith("error: Cannot load the data set 'uoft-cs/cifar100'")
-    assert "--data.path" in done.stderr
+    assert "\nerror: Cannot load the data set 'uoft-cs/cifar100'" in f"\n{done.stderr}"
+    assert "--data.path" in done.stderr.strip().splitlines()[-1]
 
 
 def test_vit_cifar100_without_network_and_weights(tmp_path: Path):

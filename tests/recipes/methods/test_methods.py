@@ -1,37 +1,32 @@
-"""Every row of the registry of methods, on a text encoder and on a vision transformer of width 16 and two blocks."""
+"""All methods on a text encoder and on a vision transformer of width 16 and two blocks."""
 
 import copy
 import inspect
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    DebertaV2Config,
-    DebertaV2ForSequenceClassification,
-)
+from torch import nn
+from transformers import BertModel, DebertaV2Config, DebertaV2ForSequenceClassification
 
-from lalora_lightning.modules.image_classification import ImageClassificationModule
-from lalora_lightning.modules.optimization import parameter_groups
-from lalora_lightning.modules.task import TaskModule
 from recipes import methods
-from recipes.methods import METHODS, parse_method
-from recipes.methods import NotApplicableError
+from recipes.methods import METHODS, NotApplicableError, parse_method
+from tests.recipes.methods.models import HEAD, fit, logits, loss, text, trainable, vision
 
 # Width d = 16, f = 32 hidden units, 2 blocks, query and value: trainable parameters by the references' formulas.
 LORA = 2 * 2 * 4 * (16 + 16)
+
+
 BOTTLENECK = 2 * 16 * 4 + 4 + 16
+
+
 BIASES_OF_BLOCK = 4 * 16 + 32 + 16 + 2 * 16  # attention, feed-forward network, two norms
+
+
 WEIGHTS_OF_BLOCK = 4 * 16 * 16 + 2 * 16 * 32 + 2 * 16
+
+
 COUNTS = {
     "lalora:rank=4": LORA,
     "lora:rank=4": LORA,
@@ -55,84 +50,20 @@ COUNTS = {
     "prompt:tokens=4": 4 * 16,
     "ia3": 2 * (16 + 16 + 32),
 }
+
+
 BLOCKS = 2 * (BIASES_OF_BLOCK + WEIGHTS_OF_BLOCK)
+
+
 # 50 words, 64 places, 2 token types, a norm, a pooler.
 FULL_TEXT = BLOCKS + (50 + 64 + 2) * 16 + 2 * 16 + 16 * 16 + 16
+
+
 # Patches of 4 x 4, a class token, 5 places, a norm.
 FULL_VISION = BLOCKS + 4 * 4 * 16 + 16 + 16 + 5 * 16 + 2 * 16
-HEAD = 16 * 2 + 2
+
+
 VIRTUAL_TOKENS = ("prefix", "prompt")
-
-
-class TextModule(TaskModule):
-    def __init__(self) -> None:
-        super().__init__(learning_rate=2e-2, weight_decay=0.0, warmup=0.0)
-        config = BertConfig(
-            vocab_size=50,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=64,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            initializer_range=0.2,
-        )
-        self.model: Any = BertForSequenceClassification(config).train()
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        return self.model(**batch).loss
-
-
-def text() -> tuple[TaskModule, Any]:
-    torch.manual_seed(0)
-    batch = {
-        "input_ids": torch.randint(5, 50, (8, 7)),
-        "attention_mask": torch.ones(8, 7, dtype=torch.long),
-        "token_type_ids": torch.zeros(8, 7, dtype=torch.long),
-        "labels": torch.tensor([0, 1] * 4),
-    }
-    return TextModule(), batch
-
-
-def vision() -> tuple[TaskModule, Any]:
-    torch.manual_seed(0)
-    size = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
-    module = ImageClassificationModule(
-        "vit_tiny_patch16_224", num_classes=2, pretrained=False, learning_rate=2e-2, model_args=size
-    )
-    for parameter in module.model.parameters():
-        if parameter.ndim == 2:
-            nn.init.normal_(parameter, std=0.2)
-    return module, (torch.rand(8, 1, 8, 8), torch.tensor([0, 1] * 4))
-
-
-def logits(module: TaskModule, batch: Any) -> Tensor:
-    return module.model(**batch).logits if isinstance(batch, dict) else module(batch[0])
-
-
-def loss(module: TaskModule, batch: Any) -> float:
-    labels = batch["labels"] if isinstance(batch, dict) else batch[1]
-    return F.cross_entropy(logits(module, batch), labels).item()
-
-
-def fit(module: TaskModule, batch: Any, callbacks: list[pl.Callback], steps: int = 15, **arguments: Any) -> pl.Trainer:
-    trainer = pl.Trainer(
-        max_steps=steps,
-        callbacks=callbacks,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        **arguments,
-    )
-    trainer.fit(module, DataLoader([batch] * 100, batch_size=None))
-    return trainer
-
-
-def trainable(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
 def applies(method: str, new: Any) -> bool:
@@ -189,80 +120,6 @@ def test_all_methods_start_with_the_same_head():
     assert all(torch.equal(head, heads[0]) for head in heads)
 
 
-@pytest.mark.parametrize("new", [text, vision])
-def test_adalora_allocates_after_every_optimizer_step(new: Any):
-    module, batch = new()
-    (callback,) = METHODS["adalora"].adapt(module, rank=2, init_rank=4)
-    assert isinstance(callback, AdaLoraCallback)
-    steps = []
-    allocate = callback.tuner.update_and_allocate
-    callback.tuner.update_and_allocate = lambda step: (steps.append(step), allocate(step))
-    fit(module, batch, [callback], steps=20, accumulate_grad_batches=2)
-
-    config = callback.tuner.peft_config["default"]
-    assert steps == list(range(1, 21))
-    assert (config.total_step, config.tinit, config.tfinal) == (20, 3, 10)
-    # Two matrices a block at 2 of 4 triplets on average, as ranks of the blocks 2 + 2.
-    ranks = layer_ranks(module)
-    assert len(ranks) == 2
-    assert sum(ranks.values()) == 4
-    assert trimmed_parameters(module) == HEAD + 8 * (16 + 16 + 1)
-
-
-def test_the_orthogonality_penalty_is_pefts():
-    module, batch = text()
-    (callback,) = METHODS["adalora"].adapt(module, rank=2, init_rank=4, orthogonality=0.3)
-    tuner = callback.tuner
-    plain = module.model(**batch).loss
-    # peft's forward pass adds it to the loss of the model inside.
-    tuner.model = module.model
-    expected = tuner(**batch).loss - plain
-    penalty = orthogonality_penalty(dict(module.named_parameters()))
-    torch.testing.assert_close(0.3 * penalty, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_adalora_needs_ranks_to_prune():
-    with pytest.raises(ValueError, match="Expected init_rank to be above the final rank of 8 but got 8"):
-        METHODS["adalora"].adapt(text()[0], init_rank=8)
-    with pytest.raises(ValueError, match=r"leave time to prune between them but got 0\.5 and 0\.5"):
-        METHODS["adalora"].adapt(text()[0], initial=0.5)
-
-
-@pytest.mark.parametrize("stopped", [9, 15])
-def test_adalora_resumes_as_if_it_had_never_stopped(stopped: int, tmp_path: Path):
-    """While it prunes, steps 3 to 10 of 20, and after."""
-
-    def new(steps: int) -> tuple[pl.LightningModule, pl.Trainer, Any]:
-        module, batch = text()
-        callbacks = METHODS["adalora"].adapt(module, rank=2, init_rank=4)
-        checkpoints = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=stopped, save_top_k=-1)
-        trainer = pl.Trainer(
-            max_steps=steps,
-            callbacks=[*callbacks, checkpoints],
-            accelerator="cpu",
-            logger=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
-        return module, trainer, DataLoader([batch] * 100, batch_size=None)
-
-    whole, trainer, data = new(20)
-    trainer.fit(whole, data)
-    resumed, trainer, data = new(20)
-    trainer.fit(resumed, data, ckpt_path=tmp_path / f"step={stopped}.ckpt")
-    assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
-    assert sum(layer_ranks(resumed).values()) == 4
-
-
-def test_factors_are_not_decayed():
-    module, _ = vision()
-    METHODS["ia3"].adapt(module)
-    decayed, spared = parameter_groups(module, 0.1)
-    assert [p.shape for p in decayed["params"]] == [(2, 16)]
-    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
-    assert sum(p.numel() for p in spared["params"]) == COUNTS["ia3"] + 2
-
-
 def test_virtual_tokens_train_all_of_a_new_head():
     """DeBERTa's pooler is as new as its classifier, and peft looks for the latter only."""
     module, _ = text()
@@ -270,15 +127,6 @@ def test_virtual_tokens_train_all_of_a_new_head():
     module.model = DebertaV2ForSequenceClassification(DebertaV2Config(vocab_size=50, **size))
     METHODS["prompt"].adapt(module, tokens=4)
     assert trainable(module) == 4 * 16 + (16 * 16 + 16) + HEAD
-
-
-def test_what_is_trained_after_trimming():
-    module, batch = text()
-    callbacks = METHODS["lalora"].adapt(module, rank=4)
-    fit(module, batch, callbacks, steps=5)
-    ranks = layer_ranks(module)
-    # Query and value of each block, 32 a rank.
-    assert trimmed_parameters(module) == HEAD + sum(2 * 32 * rank for rank in ranks.values())
 
 
 def test_a_parallel_adapter_stands_beside_the_feed_forward_network():
