@@ -201,19 +201,13 @@ def argument_options(
 
 
 def options_in(message: str, options: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the options whose arguments an error message names, in the order in which it names them.
+    """Return the options whose arguments an error message names in backquotes, in the order of the message.
 
-    Text in parentheses, which may be another library's message, and quoted values are ignored.
-
-    >>> options_in("Cannot load 'name' (no such path); set path.", {"path": ["--data.path"], "name": ["--model.name"]})
+    >>> options_in("Cannot load the data set; set `path` to a local folder.", {"path": ["--data.path"]})
     ['--data.path']
     """
-    prose, replacements = message, 1
-    while replacements:
-        prose, replacements = re.subn(r"\([^()]*\)", "", prose)
-    prose = re.sub(r"(?<!\w)'[^']*'", "", prose)
-    words = re.findall(r"(?<![\w./<-])[A-Za-z_]+(?![\w/>-])", prose)
-    return list(dict.fromkeys(option for word in words for option in options.get(word, ())))
+    names = re.findall(r"`(\w+)`", message)
+    return list(dict.fromkeys(option for name in names for option in options.get(name, ())))
 
 
 def _exit(error: Exception, options: Mapping[str, Sequence[str]] | None = None) -> NoReturn:

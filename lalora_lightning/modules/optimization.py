@@ -1,4 +1,4 @@
-"""The optimizer and schedule that all task modules share."""
+"""The optimizer and learning rate schedule of all task modules."""
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -6,20 +6,22 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+__all__ = ["adamw_with_linear_decay", "parameter_groups"]
+
 
 def adamw_with_linear_decay(
     module: LightningModule, learning_rate: float, weight_decay: float, warmup: float
 ) -> OptimizerLRSchedulerConfig:
-    """AdamW over the trainable parameters; the learning rate warms up and falls linearly to zero, step by step.
+    """Return AdamW over the trainable parameters, with a linear warmup and a linear decay to zero, step by step.
 
     Args:
-        module: Attached to a Trainer, which knows the length of the run.
-        learning_rate: Its peak.
-        weight_decay: Applied to matrices only: biases and norms are vectors.
-        warmup: Fraction of the run's optimizer steps in which the rate rises from zero, in [0, 1).
+        module: A module that is attached to a Trainer, from which the length of the run is known.
+        learning_rate: Peak of the schedule.
+        weight_decay: Applied to matrices only; biases and the parameters of norms are vectors.
+        warmup: Fraction of the run's optimizer steps during which the rate rises from zero, in [0, 1).
 
     Raises:
-        ValueError: The run has no known length.
+        ValueError: The length of the run is unknown.
     """
     steps = module.trainer.estimated_stepping_batches
     if steps == float("inf"):
@@ -38,7 +40,7 @@ def adamw_with_linear_decay(
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """The trainable parameters in two groups: matrices with weight decay, vectors without."""
+    """Return the trainable parameters in two groups: matrices with weight decay, vectors without."""
     groups: dict[float, list[nn.Parameter]] = {weight_decay: [], 0.0: []}
     for p in module.parameters():
         if p.requires_grad:

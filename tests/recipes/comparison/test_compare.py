@@ -186,12 +186,10 @@ def test_the_exit_status_tells_of_failures(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    monkeypatch.setattr(
-        "sys.argv", ["compare", "--methods", "lora", "--seeds", *seeds, "--output", f"{tmp_path}/a.jsonl"]
-    )
-    monkeypatch.setattr(
-        compare, "build_task", lambda name, settings: SimpleNamespace(name=name, settings={}, learning_rate=0.1)
-    )
+    task = SimpleNamespace(name="digits", settings={}, learning_rate=0.1)
+    monkeypatch.setattr(compare, "build_task", lambda name, settings: task)
+    arguments = ["--methods", "lora", "--seeds", *seeds, "--output", f"{tmp_path}/a.jsonl"]
+    monkeypatch.setattr("sys.argv", ["compare", *arguments])
     if status:
         with pytest.raises(SystemExit, match=r"^error: 1 run failed"):
             compare.main()
@@ -203,10 +201,9 @@ def test_the_exit_status_tells_of_failures(
 def test_missing_data_end_the_command_with_the_options_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     arguments = ["--tasks", "cifar10", "--cifar10_path", f"{tmp_path}/none", "--output", f"{tmp_path}/a.jsonl"]
     monkeypatch.setattr("sys.argv", ["compare", *arguments])
-    with pytest.raises(
-        SystemExit, match=r"^error: Cannot load the data set(.|\n)*\nOptions of this recipe: .*--cifar10_path"
-    ):
+    with pytest.raises(SystemExit, match=r"^error: Cannot load the data set") as end:
         compare.main()
+    assert "--cifar10_path" in str(end.value).splitlines()[-1]
 
 
 def test_a_run_without_a_batch_is_no_run(settings: TaskSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

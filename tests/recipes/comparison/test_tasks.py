@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 from recipes.comparison import tasks
 from recipes.comparison.tasks import TaskSettings, build_task
 from tests.data.test_glue import tokenizer, write  # noqa: F401
-from tests.recipes.comparison.test_compare import run, settings  # noqa: F401
+from tests.recipes.comparison.test_compare import run
 
 
 def test_one_seed_gives_one_order(settings: TaskSettings):

@@ -72,11 +72,8 @@ def test_groups(optimizer_class: Any):
     exempt_from_decay(optimizer, [factor], [a, factor])
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     # Of two groups without decay, the one with the same learning rate.
-    groups = [
-        {"params": [factor, a]},
-        {"params": [other], "lr": 1.0, "weight_decay": 0},
-        {"params": [b], "weight_decay": 0},
-    ]
+    spared = {"weight_decay": 0.0}
+    groups = [{"params": [factor, a]}, {"params": [other], "lr": 1.0, **spared}, {"params": [b], **spared}]
     optimizer = optimizer_class(groups, lr=0.1, weight_decay=0.1)
     exempt_from_decay(optimizer, [factor], [a, factor, b, other])
     names = {id(a): "a", id(b): "b", id(factor): "factor", id(other): "other"}
