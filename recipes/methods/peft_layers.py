@@ -90,7 +90,7 @@ def insert_peft_layers(module: nn.Module, config: Any, targets: Sequence[str]) -
     Args:
         module: The module.
         config: The config of a peft method.
-        targets: Names of projections of the backbone, from which the head is told apart.
+        targets: Names of projections of the backbone; the head is found by its position relative to them.
     """
     from peft import inject_adapter_in_model
 
