@@ -1,1 +1,1 @@
-"""Runnable recipes, one a data set: ``python -m recipes.digits``."""
+"""Runnable recipes, one per data set, for example ``python -m recipes.digits``."""

@@ -1,12 +1,14 @@
-"""The command line that all Trainer recipes share: fit, test, report, save the adapter."""
+"""The command line that the Trainer recipes share: train, test, write a report, save the adapter."""
 
 import argparse
+import inspect
 import json
+import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -15,26 +17,40 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lalora_lightning import LaLoraCallback, lora_layers, lora_state_dict
-from recipes.methods import METHODS, parse_method
-from recipes.reporting import quiet, table
+from lalora_lightning.tables import text_table
+from recipes.console import quiet
+from recipes.methods import METHODS, Method, parse_method
 
-# The options of --lalora that other methods with a setting of that name have, too.
+__all__ = ["RecipeCLI", "argument_options", "options_in", "run", "summarize_run"]
+
+CONFIGS = Path(__file__).parent / "configs"
+
+# The options under --lalora that also set the settings of the same name of other methods.
 SHARED_SETTINGS = ("rank", "alpha", "dropout", "target_modules", "modules_to_save")
+
+Link = tuple[str, str, str]
+"""Source and target of a linked argument, and when it is set: "parse" or "instantiate"."""
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI with a choice of method and a checkpoint of the best epoch.
+    """LightningCLI with a choice of the method and a checkpoint of the best epoch.
 
-    ``--method`` takes what :func:`parse_method` reads. The options under ``--lalora`` are those of
-    :class:`LaLoraCallback`, of which other methods take :data:`SHARED_SETTINGS` where they have them.
+    ``--method`` is read by :func:`parse_method`. The options under ``--lalora`` are the arguments of
+    :class:`LaLoraCallback`. Other methods use those of :data:`SHARED_SETTINGS` that they have.
+
+    Args:
+        module: The class of the LightningModule.
+        data: The class of the LightningDataModule.
+        links: Arguments that follow from other arguments.
+        configs: YAML files with the defaults; later files override earlier ones.
     """
 
     def __init__(
         self,
         module: type[LightningModule],
         data: type[LightningDataModule],
-        links: Sequence[tuple[str, str, str]],
-        settings: Sequence[Path],
+        links: Sequence[Link],
+        configs: Sequence[Path],
     ) -> None:
         self.links = links
         super().__init__(
@@ -42,14 +58,17 @@ class RecipeCLI(LightningCLI):
             data,
             run=False,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"default_config_files": list(map(str, settings))},
+            parser_kwargs={"default_config_files": list(map(str, configs))},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options that are not the Trainer's, the module's or the data's."""
         parser.add_argument(
-            "--method", default="lalora", help=f"Of {', '.join(METHODS)}; settings as name:setting=value,setting=value."
+            "--method",
+            default="lalora",
+            help=f"One of {', '.join(METHODS)}; with settings as name:setting=value,setting=value.",
         )
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of a run to go on with.")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="Checkpoint of a run to resume.")
         parser.add_class_arguments(LaLoraCallback, "lalora")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         for source, target, when in self.links:
@@ -58,71 +77,78 @@ class RecipeCLI(LightningCLI):
         parser.set_defaults(
             {
                 "trainer.precision": "bf16-mixed" if has_bf16 else "32-true",
-                # Ctrl-C, too, leaves a checkpoint to go on with.
+                # A run that is interrupted with Ctrl-C can be resumed.
                 "checkpoint.save_on_exception": True,
                 "checkpoint.save_last": True,
             }
         )
 
-    def adapt(self) -> None:
-        """Do what ``--method`` says to model and trainer.
+    def adapt(self, method: Method, settings: Mapping[str, Any]) -> None:
+        """Adapt the model by a method and add the method's callbacks to the Trainer.
+
+        Args:
+            method: The method.
+            settings: Its settings, which override the options under ``--lalora``.
 
         Raises:
-            ValueError: Method or setting is unknown, or the method cannot adapt the model.
+            ValueError: A setting is out of range, or the method cannot adapt the model.
         """
-        method, settings = parse_method(self.config.method)
         options = self.config.lalora.as_dict()
         if method.name != "lalora":
             options = {name: options[name] for name in SHARED_SETTINGS if name in method.defaults}
-        # In front: what the other callbacks set up may depend on the layers.
+        # They come first, since the set-up of the other callbacks may depend on the layers.
         self.trainer.callbacks[:0] = method.adapt(self.model, **{**options, **settings})  # type: ignore[attr-defined]
 
 
 def run(
     module: type[LightningModule],
     data: type[LightningDataModule],
-    recipe: str,
-    links: Sequence[tuple[str, str, str]] = (),
+    name: str,
+    links: Sequence[Link] = (),
     variants: tuple[str, str] | None = None,
-    shared: Path | None = None,
+    shared: str | None = None,
 ) -> None:
-    """Fit, test the best checkpoint, print a table, save the adapter and the table beside the logs.
+    """Train, test the best checkpoint, print a table, save the adapter and the report beside the logs.
 
     Args:
-        module: The task.
-        data: Its data.
-        recipe: Path of the recipe; a YAML file of the same name beside it holds its settings.
-        links: ``(source, target, "parse" or "instantiate")`` arguments that follow others.
-        variants: An argument and its default; ``<recipe>.<value of the argument>.yaml`` overrides the first YAML file.
-        shared: A YAML file that the recipe's own overrides.
+        module: The class of the LightningModule.
+        data: The class of the LightningDataModule.
+        name: Name of the recipe; its settings are in ``configs/<name>.yaml``.
+        links: Arguments that follow from other arguments.
+        variants: An argument and its default; ``configs/<name>.<value of the argument>.yaml`` overrides the settings.
+        shared: Name of a YAML file in ``configs`` that the recipe's own file overrides.
     """
     quiet()
     torch.set_float32_matmul_precision("high")
-    files = [*([] if shared is None else [shared]), Path(recipe).with_suffix(".yaml")]
+    names = [name] if shared is None else [shared, name]
     if variants is not None:
-        # Read before all others, since their defaults depend on it. What it may be is the module's to check.
+        # It decides the defaults of the other options and has to be read first. The data module checks its value.
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument(f"--{variants[0]}", dest="variant", default=variants[1])
-        variant = first.parse_known_args()[0].variant
-        files.append(Path(recipe).with_suffix(f".{variant}.yaml"))
+        names.append(f"{name}.{first.parse_known_args()[0].variant}")
+    options = argument_options(module, data, links)
     try:
-        cli = RecipeCLI(module, data, links, files)
+        cli = RecipeCLI(module, data, links, [CONFIGS / f"{name}.yaml" for name in names])
     except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
+        _exit(error, options)
     try:
-        cli.adapt()
+        method, settings = parse_method(cli.config.method)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        _exit(error)
+    try:
+        cli.adapt(method, settings)
+    except ValueError as error:
+        _exit(error, options)
     start = time.perf_counter()
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
     except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
+        _exit(error, options)
     except SystemExit:
-        # Lightning's answer to Ctrl-C, after it has saved a checkpoint and shut down.
+        # Lightning exits after Ctrl-C, when it has saved a checkpoint and shut down.
         checkpoint = cli.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path:
-            print(f"\nInterrupted. To go on: --ckpt_path {checkpoint.last_model_path}", file=sys.stderr)
+            print(f"\nInterrupted. To resume: --ckpt_path {checkpoint.last_model_path}", file=sys.stderr)
         raise
     seconds = time.perf_counter() - start
     if cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -136,14 +162,14 @@ def run(
         torch.save(lora_state_dict(cli.model), folder / "adapter.pt")
     (folder / "report.json").write_text(json.dumps(report, indent=2))
     rows = [[key, f"{value:.4g}" if isinstance(value, float) else str(value)] for key, value in report.items()]
-    print("\n" + table([files[-1].stem, ""], rows))
+    print("\n" + text_table([names[-1], ""], rows))
     print(f"\nLogs, settings, report.json and weights: {folder}")
     if "ranks" in report:
-        print(f"A page with pictures of the ranks: python -m lalora_lightning.report {folder}")
+        print(f"For a page with figures of the ranks: python -m lalora_lightning.report {folder}")
 
 
 def summarize_run(trainer: pl.Trainer, model: pl.LightningModule, scores: Any, seconds: float) -> dict[str, Any]:
-    """What is worth keeping of a run: scores, parameters, ranks, time."""
+    """Return what is worth keeping of a run: scores, parameters, ranks, duration."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     callbacks: Iterable[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     allocators = [c.allocator for c in callbacks if isinstance(c, LaLoraCallback) and c.allocator is not None]
@@ -154,3 +180,37 @@ def summarize_run(trainer: pl.Trainer, model: pl.LightningModule, scores: Any, s
         **({"ranks": allocators[0].ranks.tolist()} if allocators else {}),
         "seconds of training": seconds,
     }
+
+
+def argument_options(
+    module: type[LightningModule], data: type[LightningDataModule], links: Sequence[Link]
+) -> dict[str, list[str]]:
+    """Return the options of a recipe that set an argument of the package's classes, by the argument's name.
+
+    A linked argument has the option of its source, or none if the source is not an option.
+    """
+    classes = {"model": module, "data": data, "lalora": LaLoraCallback}
+    arguments = [f"{group}.{name}" for group, cls in classes.items() for name in inspect.signature(cls).parameters]
+    sources = {target: source for source, target, _ in links}
+    options: dict[str, list[str]] = {}
+    for argument in arguments:
+        source = sources.get(argument, argument)
+        if source in arguments:
+            options.setdefault(argument.partition(".")[2], []).append(f"--{source}")
+    return options
+
+
+def options_in(message: str, options: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the options whose arguments an error message names in backquotes, in the order of the message.
+
+    >>> options_in("Cannot load the data set; set `path` to a local folder.", {"path": ["--data.path"]})
+    ['--data.path']
+    """
+    names = re.findall(r"`(\w+)`", message)
+    return list(dict.fromkeys(option for name in names for option in options.get(name, ())))
+
+
+def _exit(error: Exception, options: Mapping[str, Sequence[str]] | None = None) -> NoReturn:
+    """End the recipe with the error, and with the options that the error names as arguments."""
+    named = options_in(str(error), options or {})
+    sys.exit(f"error: {error}" + (f"\nOptions of this recipe: {', '.join(named)}" if named else ""))

@@ -1,12 +1,12 @@
-"""LLaMA-7B on eight commonsense reasoning tasks by La-LoRA (the paper's Table 9).
+"""Fine-tune LLaMA-7B on eight commonsense reasoning tasks with La-LoRA (Table 9 of the paper).
 
     python -m recipes.commonsense --data.test_path LLM-Adapters/dataset
     python -m recipes.commonsense --model.name meta-llama/Llama-2-7b-hf --data.path FOLDER --method lora
 
-Trains on 170 thousand instructions of all tasks, then writes an answer to every test question. The training set comes
-from the Hub or from a folder with train.parquet. The test sets are files: <task>.parquet or, as in the folder "dataset"
-of github.com/AGI-Edgerunners/LLM-Adapters, <task>/test.json; by default those in the subfolder "test" of --data.path.
-The settings are in commonsense.yaml; --help lists all there are.
+The model is trained on 170 thousand instructions of all tasks and then generates an answer to every test question. The
+training set comes from the Hub or from a folder with train.parquet. The test sets are files: <task>.parquet or, as in
+the folder "dataset" of github.com/AGI-Edgerunners/LLM-Adapters, <task>/test.json. By default they are expected in the
+subfolder "test" of --data.path. The settings are in configs/commonsense.yaml. --help lists all options.
 """
 
 from lalora_lightning.data.commonsense import CommonsenseDataModule
@@ -17,6 +17,6 @@ if __name__ == "__main__":
     run(
         CausalLMModule,
         CommonsenseDataModule,
-        __file__,
+        "commonsense",
         links=[("data.test_tasks", "model.test_tasks", "instantiate"), ("model.name", "data.tokenizer", "parse")],
     )

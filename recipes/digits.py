@@ -1,7 +1,7 @@
-"""Real handwritten digits, three ways: a new head alone, LoRA, La-LoRA. Needs no network and no GPU.
+"""Handwritten digits adapted in three ways: a new head alone, LoRA and La-LoRA. Needs no network and no GPU.
 
-scikit-learn's 1,797 digits (8x8 pixels). A small vision transformer is pretrained on the upright digits 0 to 4. Then
-its backbone is frozen and adapted to all ten digits, turned by 90 degrees, so that a new head alone is not enough.
+The data are scikit-learn's 1,797 digits (8x8 pixels). A small vision transformer is pretrained on the upright digits 0
+to 4. Its frozen backbone is then adapted to all ten digits, rotated by 90 degrees, for which a new head is not enough.
 
     python -m recipes.digits --help
 """
@@ -24,15 +24,31 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lalora_lightning import LaLoraCallback, add_lora, lora_layers, lora_state_dict
 from lalora_lightning.modules.image_classification import ImageClassificationModule
-from recipes.reporting import mean_and_spread, quiet, table
+from lalora_lightning.tables import text_table
+from recipes.console import mean_and_spread, quiet
+
+__all__ = [
+    "NamedProgressBar",
+    "Result",
+    "main",
+    "new_model",
+    "new_trainer",
+    "pretrain",
+    "pretrained_backbone",
+    "rotated_digits",
+    "summary",
+    "upright_digits",
+]
 
 BACKBONE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 48, "depth": 6, "num_heads": 4, "mlp_ratio": 2}
 
-METHODS = ("head only", "LoRA", "La-LoRA")
+ADAPTATIONS = ("head only", "LoRA", "La-LoRA")
 
 
 @dataclasses.dataclass
 class Result:
+    """A run: test accuracy in percent, trainable parameters, final ranks, seconds of training."""
+
     method: str
     accuracy: float
     parameters: int
@@ -48,22 +64,22 @@ def main(
     batch_size: int = 64,
     output: Path = Path("runs/digits"),
 ) -> None:
-    """Adapt a small vision transformer to turned digits by a new head alone, by LoRA and by La-LoRA.
+    """Adapt a small vision transformer to rotated digits by a new head alone, by LoRA and by La-LoRA.
 
     Args:
-        lalora: Arguments of LaLoraCallback; LoRA has its rank, alpha and dropout too.
-        seeds: Number of runs of each method; with more than one the table gives mean and standard deviation.
+        lalora: Arguments of LaLoraCallback; LoRA uses its rank, alpha, dropout and target_modules.
+        seeds: Number of runs of each method; the table shows mean and standard deviation of several.
         steps: Optimizer steps of a run.
         learning_rate: Peak learning rate of AdamW.
         batch_size: Images in a batch.
-        output: Folder of logs, picture and adapter.
+        output: Folder for logs, figure and adapter.
     """
     quiet()
-    train, test = turned_digits()
+    train, test = rotated_digits()
     backbone = pretrained_backbone()
     results = []
     for seed in range(seeds):
-        for method in METHODS:
+        for method in ADAPTATIONS:
             pl.seed_everything(seed, verbose=False)
             model = new_model(learning_rate)
             model.load_state_dict(backbone, strict=False)
@@ -97,7 +113,7 @@ def main(
         callbacks[-1].plot().savefig(folder / "ranks.png", dpi=150)
         torch.save(lora_state_dict(model), folder / "adapter.pt")
 
-    print(f"\nTest accuracy on the turned digits after {steps} steps, maximum rank {lalora['rank']}:\n")
+    print(f"\nTest accuracy on the rotated digits after {steps} steps, maximum rank {lalora['rank']}:\n")
     print(summary(results))
     print(f"\nTensorBoard logs:    tensorboard --logdir {output}")
     print(f"Rank trajectories:   {folder / 'ranks.png'}")
@@ -105,27 +121,28 @@ def main(
 
 
 def upright_digits() -> tuple[Tensor, Tensor]:
-    """All digits: images (1797, 1, 8, 8) in [0, 1] and labels (1797,)."""
+    """Return all digits: images (1797, 1, 8, 8) in [0, 1] and labels (1797,)."""
     digits = load_digits()
     return torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
 
 
-def turned_digits() -> tuple[TensorDataset, TensorDataset]:
-    """The task: all ten digits turned by 90 degrees, two thirds to train on and one third to test on."""
+def rotated_digits() -> tuple[TensorDataset, TensorDataset]:
+    """Return all ten digits rotated by 90 degrees: two thirds for training and one third for testing."""
     images, labels = upright_digits()
     train, test = train_test_split(range(len(labels)), test_size=1 / 3, stratify=labels, random_state=0)
-    turned = images.rot90(1, (2, 3))
-    return TensorDataset(turned[train], labels[train]), TensorDataset(turned[test], labels[test])
+    rotated = images.rot90(1, (2, 3))
+    return TensorDataset(rotated[train], labels[train]), TensorDataset(rotated[test], labels[test])
 
 
 def new_model(learning_rate: float) -> ImageClassificationModule:
+    """Return the vision transformer with random weights and a head for ten classes."""
     return ImageClassificationModule(
         "vit_tiny_patch16_224", num_classes=10, pretrained=False, learning_rate=learning_rate, model_args=BACKBONE
     )
 
 
 def pretrained_backbone() -> dict[str, Tensor]:
-    """Weights of the backbone, trained in full on the upright digits 0 to 4; the head is left out."""
+    """Train the whole model on the upright digits 0 to 4 and return the weights of its backbone."""
     pl.seed_everything(0, verbose=False)
     images, labels = upright_digits()
     known = labels < 5
@@ -133,13 +150,14 @@ def pretrained_backbone() -> dict[str, Tensor]:
 
 
 def pretrain(model: ImageClassificationModule, data: TensorDataset, steps: int) -> dict[str, Tensor]:
-    """Train a timm model in full; its weights, all but the head's."""
+    """Train a whole timm model and return its weights, without the head's."""
     trainer = new_trainer(steps, callbacks=[NamedProgressBar("pretraining")], loggers=[])
     trainer.fit(model, DataLoader(data, batch_size=64, shuffle=True))
     return {name: value for name, value in model.state_dict().items() if not name.startswith("model.head.")}
 
 
 def new_trainer(steps: int, callbacks: list[pl.Callback], loggers: list[Logger]) -> pl.Trainer:
+    """Return a Trainer without checkpoints for one device."""
     return pl.Trainer(
         max_steps=steps,
         accelerator="auto",
@@ -153,9 +171,9 @@ def new_trainer(steps: int, callbacks: list[pl.Callback], loggers: list[Logger])
 
 
 def summary(results: list[Result]) -> str:
-    """The table at the end: one row a method."""
+    """Return the table of results with a row for each method."""
     rows = []
-    for method in METHODS:
+    for method in ADAPTATIONS:
         own = [result for result in results if result.method == method]
         ranks = [statistics.mean(layer) for layer in zip(*(result.ranks for result in own), strict=True)]
         rows.append(
@@ -167,24 +185,29 @@ def summary(results: list[Result]) -> str:
                 mean_and_spread([result.seconds for result in own]),
             ]
         )
-    return table(["method", "test accuracy", "trainable parameters", "ranks of the layers", "seconds"], rows)
+    return text_table(["method", "test accuracy", "trainable parameters", "ranks of the layers", "seconds"], rows)
 
 
 class NamedProgressBar(TQDMProgressBar):
-    """Lightning's progress bar, with the name of the run in front."""
+    """Lightning's progress bar with the name of the run in front.
+
+    Args:
+        name: The name of the run.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__(refresh_rate=10)
         self.name = name
 
     def get_metrics(self, *args: Any) -> dict[str, Any]:
+        """Return the metrics without the version number of the logs."""
         metrics = super().get_metrics(*args)
         metrics.pop("v_num", None)
         return metrics
 
     def on_train_epoch_start(self, *args: Any) -> None:
+        """Set the text in front of the bar."""
         super().on_train_epoch_start(*args)
-        # "Epoch 0" is all that Lightning's bar would say.
         self.train_progress_bar.set_description(f"{self.name}, epoch {self.trainer.current_epoch}")
 
 

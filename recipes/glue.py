@@ -1,9 +1,9 @@
-"""RoBERTa-base on a task of GLUE by La-LoRA (the paper's Table 5).
+"""Fine-tune RoBERTa-base on a GLUE task with La-LoRA (Table 5 of the paper).
 
     python -m recipes.glue --data.task mrpc
     python -m recipes.glue --data.task cola --method lora --model.name FOLDER --data.path FOLDER
 
-The settings are in glue.yaml and, for each task, glue.<task>.yaml; --help lists all there are.
+The settings are in configs/glue.yaml and, for each task, configs/glue.<task>.yaml. --help lists all options.
 """
 
 from lalora_lightning.data.glue import GlueDataModule
@@ -14,7 +14,7 @@ if __name__ == "__main__":
     run(
         SequenceClassificationModule,
         GlueDataModule,
-        __file__,
+        "glue",
         links=[("data.num_labels", "model.num_labels", "instantiate"), ("model.name", "data.tokenizer", "parse")],
         variants=("data.task", "mrpc"),
     )

@@ -1,13 +1,22 @@
-"""ViT-B/16 on Oxford Flowers-102 by La-LoRA (the paper's Table 8).
+"""Fine-tune ViT-B/16 on Oxford Flowers-102 with La-LoRA (Table 8 of the paper).
 
     python -m recipes.vit_flowers102
     python -m recipes.vit_flowers102 --model.name vit_large_patch16_224.augreg_in21k
     python -m recipes.vit_flowers102 --data.path FOLDER --model.checkpoint FILE --trainer.max_epochs 3
 
-The settings are in vit.yaml and vit_flowers102.yaml; --help lists all there are, --print_config shows those in force.
+The settings are in configs/vit.yaml and configs/vit_flowers102.yaml. --help lists all options,
+--print_config prints their current values.
 """
 
-from recipes.vit import run_vit
+from lalora_lightning.data.image import ImageDataModule
+from lalora_lightning.modules.image_classification import ImageClassificationModule
+from recipes.cli import run
 
 if __name__ == "__main__":
-    run_vit(__file__)
+    run(
+        ImageClassificationModule,
+        ImageDataModule,
+        "vit_flowers102",
+        links=[("data.num_classes", "model.num_classes", "instantiate")],
+        shared="vit",
+    )

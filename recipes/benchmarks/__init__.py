@@ -1,0 +1,1 @@
+"""Benchmarks of speed and memory, for example ``python -m recipes.benchmarks.training``."""

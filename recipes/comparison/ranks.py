@@ -1,0 +1,43 @@
+"""Ranks of low-rank layers, this package's and peft's, and trainable parameters after cutting the layers to them."""
+
+from typing import Any
+
+from torch import nn
+
+from lalora_lightning import lora_layers
+from lalora_lightning.names import group_names
+
+__all__ = ["layer_ranks", "trimmed_parameters"]
+
+
+def layer_ranks(model: nn.Module) -> dict[str, float]:
+    """Return the rank of each transformer block that has low-rank layers: the mean over its projections."""
+    ranks: dict[str, float] = {name: int(layer.rank) for name, layer in lora_layers(model).items()}
+    for name, layer in _peft_layers(model).items():
+        ranks[name] = _kept_triplets(layer) if hasattr(layer, "lora_E") else layer.r["default"]
+    blocks = group_names(ranks)
+    return {block: sum(ranks[name] for name in names) / len(names) for block, names in blocks.items()}
+
+
+def trimmed_parameters(model: nn.Module) -> int:
+    """Return the number of trainable parameters after cutting every low-rank layer to its current rank."""
+    total = float(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    for layer in lora_layers(model).values():
+        own = sum(p.numel() for p in (layer.lora_A, layer.lora_B) if p.requires_grad)
+        total -= own * (1 - int(layer.rank) / layer.max_rank)
+    for peft_layer in _peft_layers(model).values():
+        if hasattr(peft_layer, "lora_E"):
+            own = sum(getattr(peft_layer, name)["default"].numel() for name in ("lora_A", "lora_B", "lora_E"))
+            total -= own * (1 - _kept_triplets(peft_layer) / peft_layer.r["default"])
+    return round(total)
+
+
+def _peft_layers(model: nn.Module) -> dict[str, Any]:
+    """Return peft's layers with matrices A and B, recognized by their containers, without importing peft."""
+    containers = (nn.ModuleDict, nn.ParameterDict)
+    return {name: m for name, m in model.named_modules() if isinstance(getattr(m, "lora_A", None), containers)}
+
+
+def _kept_triplets(layer: Any) -> int:
+    """Count the singular triplets of an AdaLoRA layer that are not pruned; pruning sets the singular value to zero."""
+    return int(layer.lora_E["default"].count_nonzero())

@@ -1,0 +1,87 @@
+"""Records of runs: dictionaries, one per line of a JSON lines file."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.methods import METHODS, method_label
+
+__all__ = ["SAME_COMPARISON", "Record", "append_record", "group_records", "label", "read_records", "run_key"]
+
+Record = dict[str, Any]
+"""A run: what was planned (task, method, settings, seed, ...) and what was measured."""
+
+SAME_COMPARISON = ("task", "task_settings", "learning_rates", "precision")
+"""Runs that agree in these keys are compared with each other."""
+
+_SAME_RUN = (*SAME_COMPARISON, "method", "settings", "seed", "searched")
+
+# Settings that no method has any more, with the value that corresponds to the method as it is today. A record with
+# this value is a run of today's method; with any other value it keeps the setting and is another method's.
+_REMOVED_SETTINGS = {
+    "random_rank": {
+        "lalora": False,
+        "lora": False,
+        "pissa": False,
+        "milora": False,
+        "lora_fa": False,
+        "dylora": True,
+    },
+}
+
+
+def label(record: Record) -> str:
+    """Return the run's method and settings with today's names and defaults, whatever they were at the time."""
+    return method_label(METHODS[record["method"]], record["settings"])
+
+
+def run_key(record: Record) -> str:
+    """Return a string that identifies a run; it is the same for a planned run and for its record."""
+    return _key(record, _SAME_RUN)
+
+
+def read_records(path: Path) -> list[Record]:
+    """Read all complete records of a file; an incomplete last line is ignored.
+
+    Settings that were added to a method later get their default, since the run was done that way. Settings that were
+    removed are dropped if the run was done as it would be today.
+
+    Returns:
+        The records; an empty list if there is no such file.
+    """
+    if not path.exists():
+        return []
+    complete = path.read_text().rpartition("\n")[0]
+    records = [json.loads(line) for line in complete.splitlines()]
+    return [{**record, "settings": _current_settings(record["method"], record["settings"])} for record in records]
+
+
+def append_record(path: Path, record: Record) -> None:
+    """Add a record as one line, replacing an incomplete line at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(record).encode() + b"\n")
+
+
+def group_records(records: Iterable[Record], names: Sequence[str]) -> list[list[Record]]:
+    """Group records that agree in the values of these keys, in the order of their first records."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(_key(record, names), []).append(record)
+    return list(groups.values())
+
+
+def _current_settings(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    kept = {
+        name: value
+        for name, value in settings.items()
+        if method not in (removed := _REMOVED_SETTINGS.get(name, {})) or value != removed[method]
+    }
+    return {**METHODS[method].defaults, **kept}
+
+
+def _key(record: Record, names: Sequence[str]) -> str:
+    return json.dumps([record[name] for name in names], sort_keys=True)

@@ -1,0 +1,237 @@
+"""The tasks on which methods are compared: a pretrained backbone with a new head, data, and a score."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms.v2.functional import pil_to_tensor
+from transformers import BertForSequenceClassification
+from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
+
+from lalora_lightning.data.glue import GlueDataModule
+from lalora_lightning.files import replaced_when_complete
+from lalora_lightning.hub import load_splits
+from lalora_lightning.modules.image_classification import ImageClassificationModule
+from lalora_lightning.modules.sequence_classification import SequenceClassificationModule
+from lalora_lightning.modules.task import TaskModule
+from recipes import digits
+
+__all__ = ["TASKS", "ComparisonTask", "TaskSettings", "build_task"]
+
+CIFAR10_BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 4, "mlp_ratio": 2}
+GLUE_METRICS = {"mrpc": "accuracy", "cola": "matthews", "stsb": "pearson", "sst2": "accuracy"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSettings:
+    """Settings of the tasks.
+
+    Attributes:
+        glue_path: GLUE on the Hub, or a folder with a subfolder for each task.
+        cifar10_path: CIFAR-10 on the Hub, or a folder in the Hub's layout.
+        model: The text encoder, on the Hub or a local model folder.
+        max_train_rows: Number of texts to train on; all by default.
+        max_length: Maximum number of tokens of a text; longer texts are truncated.
+        epochs: Length of a run on texts.
+        steps: Length of a run on images, in optimizer steps.
+        batch_size: Rows in a batch; by default 64 images or 32 texts.
+        cache: Folder for the small backbones that are pretrained here.
+    """
+
+    glue_path: str = "nyu-mll/glue"
+    cifar10_path: str = "uoft-cs/cifar10"
+    model: str = "roberta-base"
+    max_train_rows: int | None = None
+    max_length: int = 128
+    epochs: int = 3
+    steps: int = 300
+    batch_size: int | None = None
+    cache: Path = Path("runs/backbones")
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparisonTask:
+    """A model to adapt, data, and a score.
+
+    Attributes:
+        name: The name of the task in ``--tasks``.
+        settings: Everything that the scores depend on, except method, seed and learning rate.
+        metric: Name of the score among the test's, such as ``test/accuracy``; in [-1, 1], higher is better.
+        learning_rate: Default peak learning rate.
+        steps: Length of a run in optimizer steps; -1 if it is given in epochs.
+        epochs: Length of a run in epochs; None if it is given in steps.
+        new_module: A function from a learning rate to the backbone with a randomly initialized head.
+        loaders: A function from a seed to the arguments of ``Trainer.fit`` and ``Trainer.test`` that hold the data. The
+            same seed results in the same order of the rows.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    metric: str
+    learning_rate: float
+    steps: int
+    epochs: int | None
+    new_module: Callable[[float], TaskModule]
+    loaders: Callable[[int], tuple[dict[str, Any], dict[str, Any]]]
+
+
+def build_task(name: str, settings: TaskSettings) -> ComparisonTask:
+    """Load the data of a task and return the task.
+
+    Raises:
+        ValueError: There is no task of this name.
+        FileNotFoundError: Data or model cannot be reached or found.
+    """
+    if name not in TASKS:
+        raise ValueError(f"Expected a task to be one of {', '.join(TASKS)} but got {name!r}.")
+    return TASKS[name](settings)
+
+
+def _digits(settings: TaskSettings) -> ComparisonTask:
+    """All ten digits rotated by 90 degrees; the backbone is pretrained on the upright digits 0 to 4."""
+    train, test = digits.rotated_digits()
+    backbone = _cached(settings.cache / "digits.pt", digits.pretrained_backbone)
+    return _images("digits", settings, train, test, digits.new_model, backbone)
+
+
+def _cifar10(settings: TaskSettings) -> ComparisonTask:
+    """Classes 5 to 9 of CIFAR-10; the backbone is a small vision transformer pretrained on classes 0 to 4."""
+    images, labels = _cifar10_images(settings.cifar10_path, "train")
+    test_images, test_labels = _cifar10_images(settings.cifar10_path, "test")
+    # Each image and its mirror image are training images.
+    images, labels = torch.cat([images, images.flip(3)]), torch.cat([labels, labels])
+    known, test_new = labels < 5, test_labels >= 5
+
+    def pretrained() -> dict[str, Tensor]:
+        pl.seed_everything(0, verbose=False)
+        return digits.pretrain(_new_vit(1e-3), TensorDataset(images[known], labels[known]), steps=3000)
+
+    train = TensorDataset(images[~known], labels[~known] - 5)
+    test = TensorDataset(test_images[test_new], test_labels[test_new] - 5)
+    backbone = _cached(settings.cache / f"cifar10-{len(labels)}.pt", pretrained)
+    return _images("cifar10", settings, train, test, _new_vit, backbone)
+
+
+def _images(
+    name: str,
+    settings: TaskSettings,
+    train: TensorDataset,
+    test: TensorDataset,
+    new_model: Callable[[float], ImageClassificationModule],
+    backbone: dict[str, Tensor],
+) -> ComparisonTask:
+    batch_size = settings.batch_size or 64
+
+    def new_module(learning_rate: float) -> ImageClassificationModule:
+        module = new_model(learning_rate)
+        module.load_state_dict(backbone, strict=False)
+        return module
+
+    def loaders(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        order = torch.Generator().manual_seed(seed)
+        training = DataLoader(train, batch_size, shuffle=True, drop_last=True, generator=order)
+        return {"train_dataloaders": training}, {"dataloaders": DataLoader(test, 500)}
+
+    return ComparisonTask(
+        name,
+        settings={
+            "steps": settings.steps,
+            "batch_size": batch_size,
+            "train_rows": len(train),
+            "test_rows": len(test),
+        },
+        metric="test/accuracy",
+        learning_rate=5e-3,
+        steps=settings.steps,
+        epochs=None,
+        new_module=new_module,
+        loaders=loaders,
+    )
+
+
+def _glue(settings: TaskSettings, task: str) -> ComparisonTask:
+    """A GLUE task. It is tested on the validation split, since the labels of the test split are not public."""
+    batch_size = settings.batch_size or 32
+    data = GlueDataModule(
+        task,  # type: ignore[arg-type]
+        settings.model,
+        settings.glue_path,
+        settings.max_length,
+        batch_size,
+        num_workers=0,
+        max_train_rows=settings.max_train_rows,
+    )
+    data.setup("fit")
+    return ComparisonTask(
+        f"glue/{task}",
+        settings={
+            # The last two parts of a path: the location of the folder does not matter.
+            "model": "/".join(Path(settings.model).parts[-2:]),
+            "epochs": settings.epochs,
+            "batch_size": batch_size,
+            "max_length": settings.max_length,
+            "train_rows": len(data.splits["train"]),
+            "test_rows": len(data.splits["validation"]),
+        },
+        metric=f"test/{GLUE_METRICS[task]}",
+        learning_rate=5e-4,
+        steps=-1,
+        epochs=settings.epochs,
+        new_module=lambda learning_rate: _new_classifier(settings.model, data.num_labels, learning_rate),
+        # The order of the rows follows from the seed of the process.
+        loaders=lambda seed: ({"datamodule": data}, {"datamodule": data}),
+    )
+
+
+def _new_classifier(name: str, num_labels: int, learning_rate: float) -> SequenceClassificationModule:
+    """Return a classifier in which a BERT's pooler and classifier are replaced by RoBERTa's head.
+
+    A pooler is considered pretrained and frozen. The pooler of sentence encoders was never trained, and a classifier on
+    top of it learns nothing.
+    """
+    module = SequenceClassificationModule(name, num_labels, learning_rate)
+    if isinstance(module.model, BertForSequenceClassification):
+        module.model.base_model.pooler = nn.Identity()
+        module.model.classifier = RobertaClassificationHead(module.model.config)  # type: ignore[assignment]
+    return module
+
+
+def _new_vit(learning_rate: float) -> ImageClassificationModule:
+    return ImageClassificationModule(
+        "vit_tiny_patch16_224",
+        num_classes=5,
+        pretrained=False,
+        learning_rate=learning_rate,
+        model_args=CIFAR10_BACKBONE,
+    )
+
+
+def _cifar10_images(path: str, split: str) -> tuple[Tensor, Tensor]:
+    """Return images (N, 3, 32, 32) in [0, 1] and labels (N,)."""
+    rows = load_splits(path, columns=("img", "label"), splits=("train", "test"))[split]
+    images = torch.stack([pil_to_tensor(image) for image in rows["img"]])
+    return images.float() / 255, torch.tensor(rows["label"])
+
+
+def _cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Load tensors from a file, which is made first if it does not exist."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = {name: value.cpu() for name, value in make().items()}
+        # Another comparison may be making the same file.
+        with replaced_when_complete(path) as temporary:
+            torch.save(made, temporary)
+    return torch.load(path, weights_only=True)
+
+
+TASKS: dict[str, Callable[[TaskSettings], ComparisonTask]] = {
+    "digits": _digits,
+    "cifar10": _cifar10,
+    **{f"glue/{task}": functools.partial(_glue, task=task) for task in GLUE_METRICS},
+}

@@ -1,0 +1,108 @@
+"""One run of a comparison: training and testing a method on a task, and measuring what it costs."""
+
+import gc
+import importlib.metadata
+import platform
+import time
+
+import lightning.pytorch as pl
+import torch
+
+import lalora_lightning
+from lalora_lightning.memory import peak_memory_mib, reset_peak_memory
+from recipes.benchmarks.common import machine
+from recipes.comparison.ranks import layer_ranks, trimmed_parameters
+from recipes.comparison.records import Record, label
+from recipes.comparison.tasks import ComparisonTask
+from recipes.digits import NamedProgressBar
+from recipes.methods import METHODS
+
+__all__ = ["Costs", "train"]
+
+VERSIONS = {
+    "python": platform.python_version(),
+    "lalora-lightning": lalora_lightning.__version__,
+    **{name: importlib.metadata.version(name) for name in ("torch", "lightning", "transformers", "timm", "peft")},
+}
+
+
+class Costs(pl.Callback):
+    """Time and peak memory of training, from the first batch to the last.
+
+    Attributes:
+        seconds: Duration.
+        memory_mib: On a GPU the most memory that was allocated in training; on a CPU the most memory that the process
+            held since it started; None on a CPU where it is not known.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.memory_mib: float | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the measurement."""
+        reset_peak_memory(pl_module.device)
+        self._started = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End the measurement."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        self.memory_mib = peak_memory_mib(pl_module.device)
+        self.seconds = time.perf_counter() - self._started
+
+
+def train(task: ComparisonTask, plan: Record, title: str) -> Record:
+    """Train and test once.
+
+    Args:
+        task: The task.
+        plan: The method, its settings, the seed, the learning rate and the precision.
+        title: Text before the name of the run in the progress bar.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        NotApplicableError: The method cannot adapt the task's model.
+        ValueError: A setting is out of range, or there are no batches.
+    """
+    pl.seed_everything(plan["seed"], verbose=False)
+    module = task.new_module(plan["learning_rate"])
+    callbacks = METHODS[plan["method"]].adapt(module, **plan["settings"])
+    costs = Costs()
+    bar = NamedProgressBar(f"{title} {task.name}, {label(plan)}, seed {plan['seed']}")
+    trainer = pl.Trainer(
+        max_steps=task.steps,
+        max_epochs=task.epochs,
+        accelerator="auto",
+        devices=1,
+        precision=plan["precision"],
+        callbacks=[*callbacks, costs, bar],
+        logger=False,
+        # No choice depends on validation, and on a CPU it can take longer than training.
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    fit_data, test_data = task.loaders(plan["seed"])
+    gc.collect()
+    trainer.fit(module, **fit_data)
+    if trainer.global_step == 0:
+        raise ValueError("Expected at least one batch of training rows but there is none; lower --batch_size.")
+    (scores,) = trainer.test(module, **test_data, verbose=False)
+    ranks = layer_ranks(module)
+    return {
+        "metric": task.metric,
+        "score": scores[task.metric],
+        "scores": dict(scores),
+        "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "final_parameters": trimmed_parameters(module),
+        "ranks": ranks,
+        "total_rank": sum(ranks.values()) if ranks else None,
+        "seconds": costs.seconds,
+        "memory_mib": costs.memory_mib,
+        "steps": trainer.global_step,
+        "device": machine(trainer.strategy.root_device),
+        "versions": VERSIONS,
+    }

@@ -1,0 +1,59 @@
+"""DyLoRA (arXiv 2210.07558): training at random ranks, so that the adapter can be cut to any rank afterwards."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from lalora_lightning import TruncatedLoRALinear, add_lora, lora_layers
+
+__all__ = ["DyLoraCallback", "adapt_by_dylora", "draw_ranks", "restore_full_ranks"]
+
+
+def adapt_by_dylora(module: nn.Module, **settings: Any) -> list[pl.Callback]:
+    """Adapt the module by LoRA and return the callback that draws the ranks. The settings are those of LoRA."""
+    add_lora(module, **settings)
+    return [DyLoraCallback()]
+
+
+class DyLoraCallback(pl.Callback):
+    """Trains each batch at ranks that are drawn for it, a rank for each layer.
+
+    Between batches all layers have their full rank: validation, tests and checkpoints see the whole adapter. Unlike in
+    the published code, the scaling stays ``alpha / rank`` at all drawn ranks, and each layer has a rank of its own.
+    """
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw the ranks of the batch."""
+        draw_ranks(lora_layers(pl_module).values())
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Return to the full ranks."""
+        restore_full_ranks(lora_layers(pl_module).values())
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Return to the full ranks before a checkpoint of the interrupted run is saved."""
+        restore_full_ranks(lora_layers(pl_module).values())
+
+
+@torch.no_grad()
+def draw_ranks(layers: Iterable[TruncatedLoRALinear]) -> None:
+    """Set the rank of each layer to a uniform draw from 1 to its maximum rank.
+
+    The ranks are drawn on the layer's device and never read, so that the device is not synchronized.
+    """
+    for layer in layers:
+        layer.rank.random_(1, layer.max_rank + 1)
+        layer.rank_mask.copy_(torch.arange(layer.max_rank, device=layer.rank.device) < layer.rank)
+
+
+def restore_full_ranks(layers: Iterable[TruncatedLoRALinear]) -> None:
+    """Set the rank of each layer to its maximum rank."""
+    for layer in layers:
+        layer.set_rank(layer.max_rank)

@@ -1,0 +1,83 @@
+"""Method: what a fine-tuning method does to a model, and its settings."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+from torch import nn
+
+from recipes.methods.projections import NotApplicableError
+
+__all__ = ["Method", "method_label"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of fine-tuning. Every method also trains the task head, which is found as La-LoRA finds it.
+
+    Attributes:
+        name: The name of the method in ``--method``.
+        reference: The publication.
+        parameters: The number of trainable parameters without the head, per projection (m x d), per block of width d
+            with f hidden units in its feed-forward network, or of the whole model.
+        build: Adapts a module in place by keyword settings and returns the callbacks that training needs.
+        options: The callable whose keyword arguments are the settings; by default ``build``.
+        presets: Settings that turn a more general method into this one.
+    """
+
+    name: str
+    reference: str
+    parameters: str
+    build: Callable[..., list[pl.Callback]]
+    options: Callable[..., Any] | None = None
+    presets: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """All settings with their defaults."""
+        arguments = inspect.signature(self.options or self.build).parameters.values()
+        defaults = {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
+        for name in ("device", "dtype", "save_adapter_only"):
+            # They say where and how tensors are stored and do not change the method.
+            defaults.pop(name, None)
+        return {**defaults, **self.presets}
+
+    def adapt(self, module: nn.Module, **settings: Any) -> list[pl.Callback]:
+        """Adapt a module in place, or return callbacks that adapt it when training is set up.
+
+        Args:
+            module: A task module. Prefix and prompt tuning expect its model in ``module.model``.
+            settings: Settings of the method, see :attr:`defaults`.
+
+        Returns:
+            The callbacks that training needs.
+
+        Raises:
+            NotApplicableError: The method cannot adapt this model.
+            ValueError: A setting is out of range.
+        """
+        try:
+            return self.build(module, **{**self.presets, **settings})
+        except NotApplicableError as error:
+            raise NotApplicableError(f"Method {self.name} does not apply to this model because {error}.") from error
+
+
+def method_label(method: Method, settings: Mapping[str, Any]) -> str:
+    """Return the name followed by the settings that differ from the defaults, in the form of ``parse_method``.
+
+    >>> from recipes.methods import parse_method
+    >>> method_label(*parse_method("lalora:gamma=4.0,rank=8"))
+    'lalora:gamma=4'
+    """
+    changed = {key: value for key, value in settings.items() if value != method.defaults.get(key)}
+    written = ",".join(f"{key}={_format(value)}" for key, value in sorted(changed.items()))
+    return f"{method.name}:{written}" if written else method.name
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()

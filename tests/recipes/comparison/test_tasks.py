@@ -1,0 +1,77 @@
+"""The tasks of comparisons."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lightning.pytorch as pl
+import pytest
+import torch
+from PIL import Image
+from transformers import BertConfig, BertModel
+
+from recipes.comparison import tasks
+from recipes.comparison.tasks import TaskSettings, build_task
+from tests.data.test_glue import tokenizer, write  # noqa: F401
+from tests.recipes.comparison.test_compare import run
+
+
+def test_one_seed_gives_one_order(settings: TaskSettings):
+    task = build_task("digits", settings)
+    orders = [[y.tolist() for _, y in task.loaders(seed)[0]["train_dataloaders"]] for seed in (3, 3, 4)]
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_glue(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=8, **size)).save_pretrained(tokenizer)
+    rows = {"sentence1": ["a b"] * 9, "sentence2": ["c", "d", "a"] * 3, "label": [0.0, 2.5, 5.0] * 3}
+    data = write(tmp_path / "glue", "stsb", **rows)
+    settings = TaskSettings(glue_path=data, model=tokenizer, epochs=2, batch_size=3, max_train_rows=6)
+    (record,) = run(settings, tmp_path / "a.jsonl", tasks=["glue/stsb"], methods=["lora:rank=2"], seeds=[0])
+    assert record["metric"] == "test/pearson"
+    assert record["steps"] == 4
+    assert sorted(record["scores"]) == ["test/pearson", "test/spearman"]
+    # Where its folder is does not matter, what is in it does.
+    assert record["task_settings"]["model"] == f"{tmp_path.name}/tokenizer"
+    assert (record["task_settings"]["train_rows"], record["task_settings"]["test_rows"]) == (6, 9)
+    assert record["score"] == record["scores"]["test/pearson"]
+
+    # LoRA at rank 2 on query and value of two blocks of width 16, and RoBERTa's head: a dense layer and the output.
+    assert record["trainable_parameters"] == 2 * 2 * 2 * 32 + (16 * 16 + 16) + (16 + 1)
+
+    data_module = build_task("glue/stsb", settings).loaders(0)[0]["datamodule"]
+    orders = []
+    for seed in (3, 3, 4):
+        pl.seed_everything(seed)
+        orders.append(list(data_module.train_dataloader().sampler))
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_cifar10_adapts_to_the_classes_that_were_not_pretrained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    (tmp_path / "data").mkdir()
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    for split in ("train", "test"):
+        rows = {"img": [Image.new("RGB", (32, 32), (25 * i, 0, 0)) for i in range(10)], "label": list(range(10))}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "data" / f"{split}.parquet")
+    seen = []
+
+    def pretrain(model: Any, data: Any, steps: int) -> dict[str, torch.Tensor]:
+        seen.append(data.tensors[1].tolist())
+        return {name: value for name, value in model.state_dict().items() if not name.startswith("model.head.")}
+
+    monkeypatch.setattr(tasks.digits, "pretrain", pretrain)
+    settings = TaskSettings(cifar10_path=str(tmp_path / "data"), steps=2, batch_size=5, cache=tmp_path)
+    task = build_task("cifar10", settings)
+    build_task("cifar10", settings)
+    # Each image and its mirror image, once: the second time the backbone is there.
+    assert seen == [[0, 1, 2, 3, 4] * 2]
+    (images, labels), *_ = task.loaders(0)[1]["dataloaders"]
+    assert labels.tolist() == [0, 1, 2, 3, 4]
+    assert images[:, 0, 0, 0].tolist() == pytest.approx([25 * i / 255 for i in range(5, 10)])
+    trained = torch.cat([y for _, y in task.loaders(0)[0]["train_dataloaders"]])
+    assert trained.bincount().tolist() == [2, 2, 2, 2, 2]
+    backbones = [task.new_module(1e-3).model.blocks[0].attn.qkv.weight for _ in range(2)]
+    assert torch.equal(*backbones)
