@@ -148,7 +148,7 @@ class TruncatedLoRALinear(nn.Module):
         scaling: float,
         **settings: Any,
     ) -> "TruncatedLoRALinear":
-        """Return a layer of exactly this scaling, which ``alpha / rank`` could round; other arguments as in the class."""
+        """Return a layer of exactly this scaling, which ``alpha / rank`` could round; ``settings`` as in the class."""
         layer = cls(base_layer, rank, scaling * rank, **settings)
         layer.scaling = scaling
         return layer

@@ -38,9 +38,8 @@ def save_peft_adapter(
 ) -> None:
     """Write the adapters, at their current ranks, and everything else that is trained, so that PEFT can load them.
 
-    ``PeftModel.from_pretrained(base_model, folder)`` and transformers' ``model.load_adapter(folder)`` read the folder. A
-    ``README.md`` in it is the model card: base model, ranks, and the given facts. The scaling is folded into
-    ``lora_B``. Adapters of the slices of a fused projection become one adapter of the whole projection, with as many
+    ``PeftModel.from_pretrained(base_model, folder)`` and transformers' ``model.load_adapter(folder)`` read the folder.
+    Its ``README.md`` is the model card: base model, ranks, and the given facts. The scaling is folded into ``lora_B``. Adapters of the slices of a fused projection become one adapter of the whole projection, with as many
     times the rank and rows of zeros where nothing is adapted. Where initial factors are subtracted, the adapter has
     twice the rank.
 

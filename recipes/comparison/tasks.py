@@ -15,8 +15,8 @@ from transformers import BertForSequenceClassification
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 
 from lalora_lightning.data.glue import GlueDataModule
+from lalora_lightning.data.loading import load_splits
 from lalora_lightning.files import replaced_when_complete
-from lalora_lightning.hub import load_splits
 from lalora_lightning.modules.image_classification import ImageClassificationModule
 from lalora_lightning.modules.sequence_classification import SequenceClassificationModule
 from lalora_lightning.modules.task import TaskModule

@@ -14,7 +14,7 @@ from lalora_lightning import TruncatedLoRALinear, add_lora, lora_layers
 from recipes.benchmarks.operations import SYNCHRONIZING, OperationCounter
 from recipes.methods import METHODS
 from recipes.methods.dylora import draw_ranks, restore_full_ranks
-from tests.conftest import TinyTransformer
+from tests.helpers.models import TinyTransformer
 from tests.recipes.methods.models import text
 
 
