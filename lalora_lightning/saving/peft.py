@@ -39,9 +39,9 @@ def save_peft_adapter(
     """Write the adapters, at their current ranks, and everything else that is trained, so that PEFT can load them.
 
     ``PeftModel.from_pretrained(base_model, folder)`` and transformers' ``model.load_adapter(folder)`` read the folder.
-    Its ``README.md`` is the model card: base model, ranks, and the given facts. The scaling is folded into ``lora_B``. Adapters of the slices of a fused projection become one adapter of the whole projection, with as many
-    times the rank and rows of zeros where nothing is adapted. Where initial factors are subtracted, the adapter has
-    twice the rank.
+    Its ``README.md`` is the model card: base model, ranks, and the given facts. The scaling is folded into ``lora_B``.
+    Adapters of the slices of a fused projection become one adapter of the whole projection, with as many times the rank
+    and rows of zeros where nothing is adapted. Where initial factors are subtracted, the adapter has twice the rank.
 
     Args:
         model: The adapted model itself, not the LightningModule around it: names have to be those of the base model.
