@@ -1,4 +1,4 @@
-"""What is checked when fit starts, so that adapters do learn."""
+"""Checks at the start of fit."""
 
 import lightning.pytorch as pl
 
@@ -8,12 +8,12 @@ __all__ = ["require_optimized"]
 
 
 def require_optimized(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Check that the optimizers hold all trainable adapter parameters, which would otherwise never change.
+    """Check that the optimizers contain all trainable parameters of the adapters.
 
-    Strategies that flatten or shard parameters give the optimizers others; then nothing can be checked.
+    If a strategy flattens or shards parameters, the optimizers contain other parameters and cannot be checked.
 
     Raises:
-        RuntimeError: The optimizers lack some.
+        RuntimeError: Parameters of adapters are missing in the optimizers.
     """
     optimized = {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
     if not any(id(p) in optimized for p in pl_module.parameters()):
@@ -26,6 +26,6 @@ def require_optimized(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Non
     ]
     if forgotten:
         raise RuntimeError(
-            f"Expected the optimizers to hold all adapter parameters but they lack {len(forgotten)}, "
-            f"{forgotten[0]} the first. Build them in configure_optimizers() from self.parameters()."
+            f"Expected the optimizers to contain all adapter parameters but they lack {len(forgotten)}, "
+            f"{forgotten[0]} the first; build them in configure_optimizers() from self.parameters()."
         )
