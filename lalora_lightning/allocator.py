@@ -383,8 +383,9 @@ def _mismatches(state: Any, allocator: RankAllocator) -> list[str]:
             problems.append(f"the state has unknown layers {', '.join(unknown)}")
         if not absent and not unknown:
             problems.append("the state has the layers in another order")
-    if state["max_rank"] != own["max_rank"]:
-        problems.append(f"expected max_rank {own['max_rank']} but got {state['max_rank']}")
+    # The type first: a tensor's comparison is a tensor, which need not be true or false.
+    if type(state["max_rank"]) is not int or state["max_rank"] != own["max_rank"]:
+        problems.append(f"expected max_rank {own['max_rank']} but got {state['max_rank']!r}")
     if (state["fisher"] is None) != (own["fisher"] is None):
         problems.append(
             f'expected a state of contribution="{allocator.contribution}" but got one of the other contribution'

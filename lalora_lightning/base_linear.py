@@ -30,6 +30,21 @@ def is_quantized(module: nn.Module) -> bool:
     return is_4bit(module) or _is_of_bitsandbytes(module, "Linear8bitLt")
 
 
+def keep_plain_format(module: Any) -> None:
+    """Have a 4-bit layer keep its weight in the format that can be trained through and read.
+
+    On processors with AVX512-BF16, bitsandbytes packs the weight of a layer anew at the first pass in evaluation mode
+    that needs no gradient. From then on, the layer computes in bfloat16, has no gradient with respect to its input, and
+    ``dequantize_4bit`` returns wrong numbers.
+    """
+    if not is_4bit(module):
+        return
+    module.support_avx512bf16_for_cpu = False
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        # bitsandbytes saves the plain format, and goes back to it for that.
+        module.state_dict()
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int]:
     """``(m, d)``: output and input features of a linear module."""
     if is_conv1d(module):

@@ -323,7 +323,8 @@ class LaLoraCallback(pl.Callback):
         if self._has_state:
             self._restore(state_dict)
         else:
-            self._restored = state_dict or None
+            # Lightning calls this with an empty state, too.
+            self._restored = None if isinstance(state_dict, Mapping) and not state_dict else state_dict
 
     def _forget(self) -> None:
         """What was kept of a run of other layers is no part of this one's."""
@@ -499,16 +500,26 @@ def _check_state(state: Any) -> None:
     if missing:
         raise ValueError(f"Expected the state of a LaLoraCallback but it lacks {', '.join(missing)}.")
     random, last_step = state["random"], state["last_step"]
-    own = torch.get_rng_state()
-    if not isinstance(random, Mapping) or (own.shape, own.dtype) != (
-        getattr(random.get("cpu"), "shape", None),
-        getattr(random.get("cpu"), "dtype", None),
+    if (
+        not isinstance(random, Mapping)
+        or not all(isinstance(own, Tensor) and own.dtype == torch.uint8 for own in random.values())
+        or "cpu" not in random
+        or random["cpu"].shape != torch.get_rng_state().shape
     ):
         raise ValueError(f"Expected random to hold torch's random state but got {random!r}.")
     if last_step is not None and type(last_step) is not int:
         raise ValueError(f"Expected last_step to be a step or None but got {last_step!r}.")
-    try:
-        for step, ranks, budget in state["history"]:
-            int(step), list(map(int, ranks)), float(budget)
-    except (TypeError, ValueError) as error:
-        raise ValueError("Expected history to be a list of step, ranks and budget but it is not.") from error
+    if not isinstance(state["history"], list) or not all(map(_is_history_entry, state["history"])):
+        raise ValueError("Expected history to be a list of step, ranks and budget but it is not.")
+
+
+def _is_history_entry(entry: Any) -> bool:
+    if not isinstance(entry, (list, tuple)) or len(entry) != 3:
+        return False
+    step, ranks, budget = entry
+    return (
+        isinstance(step, int)
+        and isinstance(ranks, (list, tuple))
+        and all(isinstance(rank, int) for rank in ranks)
+        and isinstance(budget, (int, float))
+    )

@@ -177,7 +177,7 @@ def load_file(path: str | PathLike[str], kind: str) -> Any:
 def _read(path: str | PathLike[str]) -> Mapping[str, Any]:
     loaded = load_file(path, "a file of torch.save or of a Trainer")
     if isinstance(loaded, Mapping) and "pytorch-lightning_version" in loaded:
-        loaded = loaded["state_dict"]
+        loaded = loaded.get("state_dict")
     if not isinstance(loaded, Mapping):
         raise ValueError(f"Expected {path} to hold a state dict but it holds a {type(loaded).__name__}.")
     return loaded

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lalora_lightning.base_linear import is_linear, is_quantized, linear_parameter, linear_shape, linear_weight
+from lalora_lightning.base_linear import (
+    is_linear,
+    is_quantized,
+    keep_plain_format,
+    linear_parameter,
+    linear_shape,
+    linear_weight,
+)
 from lalora_lightning.initialization import FACTORIZATIONS, Init
 
 
@@ -102,6 +109,7 @@ class TruncatedLoRALinear(nn.Module):
         self.base_layer = base_layer
         # Asked for at every forward pass.
         self._quantized = is_quantized(base_layer)
+        keep_plain_format(base_layer)
         self.out_features, self.in_features = linear_shape(base_layer)
         self.out_slices = tuple(out_slices or [(0, self.out_features)])
         _check_settings(self, rank, alpha, dropout)

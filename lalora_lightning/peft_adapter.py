@@ -194,14 +194,14 @@ def load_peft_adapter(
         for key, value in saved.items()
         if key not in own or own[key].shape != value.shape
     ]
-    highest = max((len(pair["A"]) for pair in factors.values() if "A" in pair), default=0)
+    highest = max((len(pair["A"]) for pair in factors.values() if "A" in pair and pair["A"].ndim == 2), default=0)
     layers = {}
     for name, pair in factors.items():
         try:
             if not is_linear(modules.get(name, nn.Identity())):
                 raise ValueError("the model has no linear layer of this name")
             layers[name] = _layer(modules[name], pair, _scaling(config, name, pair), highest)
-        except (ValueError, KeyError, RuntimeError) as error:
+        except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, re.error) as error:
             problems.append(f"{name}: {str(error).rstrip('.')}")
     if not factors:
         problems.append("it holds no LoRA of a linear layer")
@@ -303,6 +303,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = load_file(folder / WEIGHTS_FILE)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"Expected an adapter of PEFT in {folder} but it cannot be read ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"Expected {CONFIG_FILE} in {folder} to hold an object but it holds a {type(config).__name__}.")
     unknown = [key for key in _UNKNOWN_SETTINGS if config.get(key)]
     start = str(config.get("init_lora_weights", True))
     if start not in _KNOWN_STARTS:

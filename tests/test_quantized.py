@@ -195,19 +195,37 @@ def test_a_model_that_transformers_quantised(bits, family, tmp_path):
     if family == "llama":
         LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=64)).save_pretrained(tmp_path)
     else:
-        GPT2LMHeadModel(GPT2Config(**sizes, n_positions=8)).save_pretrained(tmp_path)
+        no_dropout = dict.fromkeys(["attn_pdrop", "embd_pdrop", "resid_pdrop"], 0.0)
+        GPT2LMHeadModel(GPT2Config(**sizes, n_positions=8, **no_dropout)).save_pretrained(tmp_path)
     settings = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings, device_map="cpu")
     ids = torch.arange(6)[None]
-    model.eval()
-    expected = model(ids).logits
+    # In training mode, bitsandbytes computes the same on every processor; the model has no dropout.
+    expected = model.train()(ids).logits
     add_lora(model, rank=2)
     torch.testing.assert_close(model(ids).logits, expected)
+    torch.testing.assert_close(model.eval()(ids).logits, expected)
     model(ids, labels=ids).loss.backward()
     layers = lora_layers(model)
     assert len(layers) == (4 if family == "llama" else 2)
     assert all(layer.lora_B.grad.any() for layer in layers.values())
     assert {key.rpartition(".")[2] for key in lora_state_dict(model)} == {"lora_A", "lora_B", "rank", "_extra_state"}
+
+
+def test_an_evaluation_before_or_after_it_is_adapted_changes_neither_its_weight_nor_its_gradients():
+    """On processors with AVX512-BF16, bitsandbytes would pack the weight into a format that can do neither."""
+    base = quantized(nn.Linear(64, 96), 4)
+    weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    base.eval()(X)
+    layer = TruncatedLoRALinear(base, rank=4)
+    # Packing rounds the scales to bfloat16.
+    torch.testing.assert_close(layer.base_weight, weight, rtol=0.01, atol=1e-3)
+    unpacked = layer.base_weight
+    layer.eval()(X)
+    assert torch.equal(layer.base_weight, unpacked)
+    x = X.clone().requires_grad_()
+    layer.train()(x).sum().backward()
+    torch.testing.assert_close(x.grad, unpacked.sum(0).expand_as(x))
 
 
 @both

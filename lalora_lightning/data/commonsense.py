@@ -1,5 +1,6 @@
 """The eight commonsense reasoning tasks as instructions and answers, after LLM-Adapters."""
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,12 +119,12 @@ class CommonsenseDataModule(TextDataModule):
         else:
             rows = load_splits(self.path, columns=columns)["train"]
         tokenise = functools.partial(_tokenise_answered, tokenizer=self.tokenizer, max_length=self.max_length)
-        halves = rows.map(tokenise, remove_columns=rows.column_names).train_test_split(self.val_rows, seed=0)
+        halves = rows.map(copy.deepcopy(tokenise), remove_columns=rows.column_names).train_test_split(self.val_rows, seed=0)
         tests = []
         for task, file in files.items():
             rows = _load(file, ("instruction", "answer"))
             tokenise = functools.partial(_tokenise_prompt, tokenizer=self.tokenizer, task=task)
-            tests.append(rows.map(tokenise, remove_columns=rows.column_names))
+            tests.append(rows.map(copy.deepcopy(tokenise), remove_columns=rows.column_names))
         return {"train": halves["train"], "validation": halves["test"], "test": datasets.concatenate_datasets(tests)}
 
 

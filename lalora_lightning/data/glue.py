@@ -1,5 +1,6 @@
 """The tasks of the GLUE benchmark."""
 
+import copy
 import functools
 from typing import Any, Literal
 
@@ -78,7 +79,7 @@ class GlueDataModule(TextDataModule):
                     )
         tokenise = functools.partial(_tokenise, tokenizer=self.tokenizer, texts=texts, max_length=self.max_length)
         return {
-            name: splits[split].map(tokenise, batched=True, remove_columns=splits[split].column_names)
+            name: splits[split].map(copy.deepcopy(tokenise), batched=True, remove_columns=splits[split].column_names)
             for name, split in (("train", "train"), ("validation", validation))
         }
 

@@ -1,5 +1,6 @@
 """SQuAD 1.1 and 2.0."""
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, Literal
@@ -76,7 +77,7 @@ class SquadDataModule(TextDataModule):
         }
         return {
             split: splits[split].map(
-                functools.partial(tokenise, scored=split == "validation", **arguments),
+                copy.deepcopy(functools.partial(tokenise, scored=split == "validation", **arguments)),
                 batched=True,
                 with_indices=True,
                 remove_columns=splits[split].column_names,

@@ -1,5 +1,6 @@
 """Texts with summaries, from the Hub or from a folder."""
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +67,8 @@ class SummarizationDataModule(TextDataModule):
             _tokenise, tokenizer=self.tokenizer, columns=self.columns, prefix=self.prefix, lengths=self.lengths
         )
         return {
-            split: rows.map(tokenise, batched=True, remove_columns=rows.column_names) for split, rows in splits.items()
+            split: rows.map(copy.deepcopy(tokenise), batched=True, remove_columns=rows.column_names)
+            for split, rows in splits.items()
         }
 
     def collator(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

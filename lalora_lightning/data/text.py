@@ -38,7 +38,8 @@ class TextDataModule(LightningDataModule):
     def tokenise(self) -> dict[str, Any]:
         """The splits "train", "validation" and perhaps "test", ready for batches.
 
-        The functions it maps over rows take only what decides the outcome: the cache of datasets goes by it.
+        The functions it maps over rows take only what decides the outcome: the cache of datasets goes by it. They take
+        copies of the tokenizer, because a call changes a tokenizer of transformers 4: it keeps the truncation.
         """
         raise NotImplementedError
 
