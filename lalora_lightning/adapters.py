@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lalora_lightning.attention import IN_PROJ, in_proj_of, set_in_proj
-from lalora_lightning.base_linear import entries, is_linear, linear_shape
+from lalora_lightning.base_linear import entries, is_linear, keep_plain_format, linear_shape
 from lalora_lightning.initialization import Init
 from lalora_lightning.layers import TruncatedLoRALinear, lora_scaling
 
@@ -176,6 +176,8 @@ def add_lora(
 def insert_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear], trained: Iterable[nn.Parameter]) -> None:
     """Put layers in place of their base layers; they and some of the model's parameters are trainable, the rest not."""
     trained = list(trained)
+    for module in model.modules():
+        keep_plain_format(module)
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
