@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from lalora_lightning import (
@@ -218,25 +219,33 @@ def test_damaged_files(adapter_file: Path, data: st.DataObject, adapted: bool):
         assert torch.equal(model(x), trained()(x))
 
 
-@pytest.fixture(scope="module")
-def peft_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = trained()
-    folder = tmp_path_factory.mktemp("peft") / "adapter"
-    save_peft_adapter(model, folder)
-    return folder
+def peft_files() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with tempfile.TemporaryDirectory() as folder:
+        save_peft_adapter(trained(), folder)
+        config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
+        return config, load(Path(folder, "adapter_model.safetensors").read_bytes())
+
+
+PEFT_CONFIG, PEFT_TENSORS = peft_files()
 
 
 @many(max_examples=200)
-@given(data=st.data())
-def test_peft_folders(peft_folder: Path, data: st.DataObject):
-    config = json.loads((peft_folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(peft_folder / "adapter_model.safetensors")
-    if data.draw(st.booleans(), "config"):
-        config = data.draw(st.one_of(mutated(config), JSON), "config")
-    else:
-        tensors = data.draw(mutated(tensors), "tensors")
-        tensors = {str(key): value.clone() for key, value in tensors.items() if isinstance(value, Tensor)}
-    folder = peft_folder.with_name("malformed")
+@given(
+    files=st.one_of(
+        st.tuples(st.one_of(mutated(PEFT_CONFIG), JSON), st.just(PEFT_TENSORS)),
+        st.tuples(st.just(PEFT_CONFIG), mutated(PEFT_TENSORS)),
+    )
+)
+@example(files=([], PEFT_TENSORS))
+@example(files=({**PEFT_CONFIG, "lora_alpha": "8"}, PEFT_TENSORS))
+@example(files=({**PEFT_CONFIG, "alpha_pattern": [1]}, PEFT_TENSORS))
+@example(files=({**PEFT_CONFIG, "alpha_pattern": {"(": 1}}, PEFT_TENSORS))
+@example(files=(PEFT_CONFIG, {key: value[:0] for key, value in PEFT_TENSORS.items()}))
+@example(files=(PEFT_CONFIG, {key: value.flatten()[0] for key, value in PEFT_TENSORS.items()}))
+def test_peft_folders(tmp_path_factory: pytest.TempPathFactory, files: tuple[Any, dict[Any, Any]]):
+    config, tensors = files
+    tensors = {str(key): value.clone() for key, value in tensors.items() if isinstance(value, Tensor)}
+    folder = tmp_path_factory.getbasetemp() / "malformed"
     folder.mkdir(exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, default=Tensor.tolist), encoding="utf-8")
     save_file(tensors, folder / "adapter_model.safetensors")
