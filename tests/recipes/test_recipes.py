@@ -150,7 +150,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_with(tmp_path: Path):
     while not last.exists() and running.poll() is None:
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=600)
     assert running.returncode == 1
     assert f"--ckpt_path {last}" in errors
     checkpoint = torch.load(last, weights_only=True)
