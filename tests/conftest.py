@@ -2,6 +2,8 @@ import os
 
 # The suite runs in two processes; threads of their own, also of what they start, would only get in each other's way.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Tables and help texts are as wide as this, whatever the terminal, and what the tests start writes this encoding.
+os.environ.update(COLUMNS="80", LINES="24", PYTHONIOENCODING="utf-8")
 
 import pytest
 import torch

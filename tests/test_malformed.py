@@ -247,7 +247,7 @@ def test_peft_folders(tmp_path_factory: pytest.TempPathFactory, files: tuple[Any
     tensors = {str(key): value.clone() for key, value in tensors.items() if isinstance(value, Tensor)}
     folder = tmp_path_factory.getbasetemp() / "malformed"
     folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config, default=Tensor.tolist), encoding="utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
     save_file(tensors, folder / "adapter_model.safetensors")
     model = build(adapted=False)
     before = copy.deepcopy(model.state_dict())
