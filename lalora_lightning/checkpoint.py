@@ -105,11 +105,16 @@ def check_file(path: str | PathLike[str]) -> None:
     Raises:
         ValueError: They differ. A file that is no zip archive is left to ``torch.load``.
     """
-    if not Path(path).is_file() or not zipfile.is_zipfile(path):
+    if not Path(path).is_file():
         return
     try:
+        # May raise, too, where the damage is in the archive's end.
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            # torch reads nothing of an entry that is marked as a directory, and leaves its tensor uninitialized.
+            folders = (entry.filename for entry in archive.infolist() if entry.external_attr & 0x10)
+            damaged = archive.testzip() or next(folders, None)
     except Exception as error:
         # BadZipFile, and what other damage leads to.
         damaged = str(error)
