@@ -306,7 +306,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"Expected an adapter of PEFT in {folder} but it cannot be read ({error}).") from error
     if not isinstance(config, dict):
-        raise ValueError(f"Expected {CONFIG_FILE} in {folder} to hold an object but it holds a {type(config).__name__}.")
+        raise ValueError(f"Expected {CONFIG_FILE} in {folder} to hold a dict but got {type(config).__name__}.")
     unknown = [key for key in _UNKNOWN_SETTINGS if config.get(key)]
     start = str(config.get("init_lora_weights", True))
     if start not in _KNOWN_STARTS:

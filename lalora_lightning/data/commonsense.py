@@ -119,7 +119,8 @@ class CommonsenseDataModule(TextDataModule):
         else:
             rows = load_splits(self.path, columns=columns)["train"]
         tokenise = functools.partial(_tokenise_answered, tokenizer=self.tokenizer, max_length=self.max_length)
-        halves = rows.map(copy.deepcopy(tokenise), remove_columns=rows.column_names).train_test_split(self.val_rows, seed=0)
+        tokenised = rows.map(copy.deepcopy(tokenise), remove_columns=rows.column_names)
+        halves = tokenised.train_test_split(self.val_rows, seed=0)
         tests = []
         for task, file in files.items():
             rows = _load(file, ("instruction", "answer"))
