@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,20 @@ def test_damaged_files(adapter_file: Path, data: st.DataObject, adapted: bool):
     else:
         x = torch.randn(2, 3, 8)
         assert torch.equal(model(x), trained()(x))
+
+
+@pytest.mark.parametrize(
+    ("signature", "offset"), [(b"PK\x01\x02", 38), (b"PK\x06\x07", 16)], ids=["entry is a directory", "many disks"]
+)
+def test_damage_outside_of_what_has_a_checksum(adapter_file: Path, signature: bytes, offset: int):
+    content = bytearray(adapter_file.read_bytes())
+    for start in [match.start() for match in re.finditer(re.escape(signature), content)]:
+        changed = content.copy()
+        changed[start + offset] = 16
+        damaged = adapter_file.with_name("damaged.pt")
+        damaged.write_bytes(changed)
+        with pytest.raises(ValueError, match="to be as it was written but it is damaged"):
+            load_lora_state_dict(build(adapted=False), damaged)
 
 
 def peft_files() -> tuple[dict[str, Any], dict[str, Tensor]]:
