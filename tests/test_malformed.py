@@ -2,14 +2,18 @@
 
 import copy
 import functools
+import json
 import math
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from lalora_lightning import (
@@ -17,8 +21,10 @@ from lalora_lightning import (
     RankAllocator,
     add_lora,
     load_lora_state_dict,
+    load_peft_adapter,
     lora_layers,
     lora_state_dict,
+    save_peft_adapter,
 )
 from tests.helpers.models import TinyTransformer
 
@@ -38,6 +44,7 @@ VALUES = st.one_of(
         st.floats(-2.0, 9.0),
     ),
 )
+JSON = st.one_of(NUMBERS, st.none(), st.booleans(), st.text(max_size=3), st.lists(st.integers(0, 9), max_size=4))
 many = functools.partial(settings, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -66,7 +73,7 @@ def unchanged(model: TinyTransformer, before: dict[str, Tensor]) -> bool:
 def mutated(draw: st.DrawFn, state: dict[Any, Any]) -> dict[Any, Any]:
     """A state with one to three entries taken out, renamed, replaced or added."""
     state = dict(state)
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(draw(st.integers(1, min(3, len(state))))):
         key = draw(st.sampled_from(list(state)))
         what = draw(st.sampled_from(["drop", "rename", "value", "shape", "add"]))
         if what == "drop":
@@ -116,6 +123,9 @@ def allocator_state(contribution: str) -> dict[str, Any]:
     state=st.one_of(mutated(allocator_state("norm")), mutated(allocator_state("fisher")), VALUES),
     contribution=st.sampled_from(["norm", "fisher"]),
 )
+@example(state={**allocator_state("norm"), "max_rank": torch.empty(0)}, contribution="norm")
+@example(state={**allocator_state("norm"), "max_rank": torch.ones(2)}, contribution="norm")
+@example(state={**allocator_state("norm"), "max_rank": torch.tensor(4)}, contribution="norm")
 def test_allocator_states(state: Any, contribution: Any):
     model = trained()
     allocator = RankAllocator(model, contribution=contribution)
@@ -144,11 +154,30 @@ def callback_with_allocator() -> LaLoraCallback:
     return callback
 
 
-@many(max_examples=100)
-@given(state=mutated(callback_with_allocator().state_dict()))
-def test_callback_states(state: dict[Any, Any]):
+def mutated_inside(state: dict[str, Any], key: str) -> st.SearchStrategy[dict[str, Any]]:
+    return mutated(state[key]).map(lambda part: {**state, key: part})
+
+
+@many(max_examples=200)
+@given(
+    state=st.one_of(
+        mutated(callback_with_allocator().state_dict()),
+        mutated_inside(callback_with_allocator().state_dict(), "allocator"),
+        mutated_inside(callback_with_allocator().state_dict(), "random"),
+        VALUES,
+    )
+)
+@example(state={**callback_with_allocator().state_dict(), "history": torch.ones(2, 3, 0)})
+@example(state={**callback_with_allocator().state_dict(), "history": torch.ones(2, 3, 1)})
+@example(state={**callback_with_allocator().state_dict(), "history": torch.ones(2, 3, 2)})
+@example(state={**callback_with_allocator().state_dict(), "history": [[math.inf, [1, 1], 2.0]]})
+@example(state={**callback_with_allocator().state_dict(), "random": {"cpu": torch.get_rng_state(), "cuda": 0}})
+@example(state=torch.ones(2))
+def test_callback_states(state: Any):
     callback = callback_with_allocator()
     before = callback.state_dict()
+    # Before fit, a state is kept to be restored later.
+    LaLoraCallback(rank=4).load_state_dict(state)
     try:
         callback.load_state_dict(state)
     except ValueError as error:
@@ -158,6 +187,7 @@ def test_callback_states(state: dict[Any, Any]):
         assert after["allocator"]["ranks"].tolist() == before["allocator"]["ranks"].tolist()
     else:
         assert callback.state_dict()["last_step"] == state["last_step"]
+        assert callback.state_dict()["history"] == list(map(list, state["history"]))
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +218,62 @@ def test_damaged_files(adapter_file: Path, data: st.DataObject, adapted: bool):
     else:
         x = torch.randn(2, 3, 8)
         assert torch.equal(model(x), trained()(x))
+
+
+@pytest.mark.parametrize(
+    ("signature", "offset"), [(b"PK\x01\x02", 38), (b"PK\x06\x07", 16)], ids=["entry is a directory", "many disks"]
+)
+def test_damage_outside_of_what_has_a_checksum(adapter_file: Path, signature: bytes, offset: int):
+    content = bytearray(adapter_file.read_bytes())
+    for start in [match.start() for match in re.finditer(re.escape(signature), content)]:
+        changed = content.copy()
+        changed[start + offset] = 16
+        damaged = adapter_file.with_name("damaged.pt")
+        damaged.write_bytes(changed)
+        with pytest.raises(ValueError, match="to be as it was written but it is damaged"):
+            load_lora_state_dict(build(adapted=False), damaged)
+
+
+def peft_files() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with tempfile.TemporaryDirectory() as folder:
+        save_peft_adapter(trained(), folder)
+        config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf-8"))
+        return config, load(Path(folder, "adapter_model.safetensors").read_bytes())
+
+
+PEFT_CONFIG, PEFT_TENSORS = peft_files()
+
+
+@many(max_examples=200)
+@given(
+    files=st.one_of(
+        st.tuples(st.one_of(mutated(PEFT_CONFIG), JSON), st.just(PEFT_TENSORS)),
+        st.tuples(st.just(PEFT_CONFIG), mutated(PEFT_TENSORS)),
+    )
+)
+@example(files=([], PEFT_TENSORS))
+@example(files=({**PEFT_CONFIG, "lora_alpha": "8"}, PEFT_TENSORS))
+@example(files=({**PEFT_CONFIG, "alpha_pattern": [1]}, PEFT_TENSORS))
+@example(files=({**PEFT_CONFIG, "alpha_pattern": {"(": 1}}, PEFT_TENSORS))
+@example(files=(PEFT_CONFIG, {key: value[:0] for key, value in PEFT_TENSORS.items()}))
+@example(files=(PEFT_CONFIG, {key: value.flatten()[0] for key, value in PEFT_TENSORS.items()}))
+def test_peft_folders(tmp_path_factory: pytest.TempPathFactory, files: tuple[Any, dict[Any, Any]]):
+    config, tensors = files
+    tensors = {str(key): value.clone() for key, value in tensors.items() if isinstance(value, Tensor)}
+    folder = tmp_path_factory.getbasetemp() / "malformed"
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
+    save_file(tensors, folder / "adapter_model.safetensors")
+    model = build(adapted=False)
+    before = copy.deepcopy(model.state_dict())
+    try:
+        load_peft_adapter(model, folder)
+    except ValueError as error:
+        assert str(error).startswith(("Expected", "Cannot adapt the model"))
+        assert unchanged(model, before)
+    else:
+        assert lora_layers(model)
+        model(torch.randn(2, 3, 8))
 
 
 @many(max_examples=200)

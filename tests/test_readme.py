@@ -18,7 +18,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def python_snippets(page: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (README.parent / page).read_text(), re.DOTALL)
+    return re.findall(r"```python\n(.*?)```", (README.parent / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -81,13 +81,13 @@ def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_files_it_links_to_exist():
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README.read_text()):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README.read_text(encoding="utf-8")):
         assert (README.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("page", ["reliability", "interoperability"])
 def test_tests_named_in_the_docs_exist(page: str):
-    text = (README.parent / "docs" / f"{page}.md").read_text()
+    text = (README.parent / "docs" / f"{page}.md").read_text(encoding="utf-8")
     named = re.findall(r"`(?:(test_\w+\.py))?(?:::(test_\w+))?`", text)
     assert len(named) > 10
     file = ""
@@ -95,4 +95,4 @@ def test_tests_named_in_the_docs_exist(page: str):
         file = name or file
         if function:
             (path,) = Path(__file__).parent.rglob(file)
-            assert f"\ndef {function}(" in path.read_text(), function
+            assert f"\ndef {function}(" in path.read_text(encoding="utf-8"), function

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from lalora_lightning.layers import IN_PROJ, TruncatedLoRALinear, set_in_proj
+from lalora_lightning.layers import IN_PROJ, TruncatedLoRALinear, keep_plain_format, set_in_proj
 from lalora_lightning.names import CHECKPOINT_WRAPPER
 
 __all__ = ["insert_layers", "remove_layers"]
@@ -19,6 +19,9 @@ def insert_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear], t
         trained: Parameters of the model that stay trainable.
     """
     trained = list(trained)
+    # Layers without an adapter, too: gradients have to pass through them.
+    for module in model.modules():
+        keep_plain_format(module)
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)

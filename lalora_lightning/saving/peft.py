@@ -226,6 +226,8 @@ def _pattern(name: str, names: Mapping[str, Any]) -> str:
 
 def _scaling(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]) -> float:
     rank = len(pair["A"])
+    if rank == 0:
+        raise ValueError("its rank is 0")
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
     # As in PEFT, the first pattern that matches the end of the name is used.
     alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config.get("lora_alpha", 8))

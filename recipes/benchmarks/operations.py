@@ -94,13 +94,14 @@ def step_counts(depth: int = 12, rank: int = 8) -> dict[str, tuple[float, float]
     floor.get_input_embeddings().requires_grad_(True)
     at_floor = count_step(floor, images)
 
-    targets = ["q_proj", "v_proj"]
+    ours = copy.deepcopy(base)
+    add_lora(ours, rank=rank, modules_to_save=[])
+    # Versions of transformers name them differently.
+    targets = sorted({name.rpartition(".")[2] for name in lora_layers(ours)})
     configs = {
         "PEFT LoRA": LoraConfig(r=rank, target_modules=targets),
         "PEFT AdaLoRA": AdaLoraConfig(init_r=rank, target_r=rank // 2, total_step=100, target_modules=targets),
     }
-    ours = copy.deepcopy(base)
-    add_lora(ours, rank=rank, modules_to_save=[])
     models = {"ours": ours}
     for name, peft_config in configs.items():
         models[name] = get_peft_model(copy.deepcopy(base), peft_config).get_base_model()

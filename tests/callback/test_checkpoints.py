@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lalora_lightning import LaLoraCallback, add_lora, load_lora_state_dict, lora_layers
+from lalora_lightning import LaLoraCallback, add_lora, load_lora_state_dict, lora_layers, merge_lora
 from tests.helpers.models import TinyTransformer
 from tests.helpers.training import DroppingClassifier, TinyClassifier, loader, new_trainer
 
@@ -231,3 +231,29 @@ def test_a_checkpoint_that_was_tested_is_no_part_of_another_modules_fit(tmp_path
     new_trainer(tmp_path, callback).test(TinyClassifier(), loader(), ckpt_path=tmp_path / "end.ckpt", verbose=False)
     new_trainer(tmp_path, callback, max_epochs=1).fit(TinyClassifier(), loader())
     assert callback.allocator.steps == 7
+
+
+class Saver(pl.Callback):
+    """A callback of somebody else, with an attribute of our name."""
+
+    save_adapter_only = True
+
+
+def test_another_callback_with_an_attribute_of_our_name_changes_no_checkpoint(tmp_path: Path):
+    trainer = new_trainer(tmp_path, LaLoraCallback(rank=4), Saver(), max_epochs=1)
+    trainer.fit(TinyClassifier(), loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert "model.blocks.0.key.weight" in torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
+
+
+def test_a_module_whose_adapters_are_merged_and_removed_is_saved_and_loaded_whole(tmp_path: Path):
+    module = TinyClassifier()
+    trainer = new_trainer(tmp_path, LaLoraCallback(rank=4, save_adapter_only=True), max_epochs=1)
+    trainer.fit(module, loader())
+    merge_lora(module, remove=True)
+    trainer.save_checkpoint(tmp_path / "merged.ckpt")
+    state = torch.load(tmp_path / "merged.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() == TinyClassifier().state_dict().keys()
+    # Its weights stay frozen, and yet none of them may be missing.
+    with pytest.raises(RuntimeError, match="Missing key"):
+        module.load_state_dict({"model.head.weight": state["model.head.weight"]})

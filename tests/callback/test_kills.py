@@ -1,8 +1,9 @@
 """Training that is killed over and over, at random moments, and resumed each time."""
 
 import multiprocessing
+import os
 import random
-import time
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +20,57 @@ EPOCHS, KILLS = 70, 24
 STEP, VALIDATION, WRITING = 1, 2, 3
 
 
-class Progress:
-    """What the process that trains tells the one that kills it."""
+class Killer(pl.Callback):
+    """Kills its own process some time after a phase of training has begun, at the latest when the phase ends.
 
-    def __init__(self, context: Any) -> None:
-        self.phase, self.epochs = context.Value("i", 0), context.Value("i", 0)
+    The kernel does it, so that the moment does not depend on when another process gets its turn.
+    """
 
-
-class Reporter(pl.Callback):
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self, epochs: int, phase: int, delay: float) -> None:
+        self.epochs, self.phase, self.delay = epochs, phase, delay
+        self.current, self.is_due = 0, False
 
     def on_train_batch_start(self, *args: Any) -> None:
-        self.progress.phase.value = STEP
+        self.enter(STEP)
 
     def on_validation_start(self, *args: Any) -> None:
-        self.progress.phase.value = VALIDATION
+        self.enter(VALIDATION)
 
     def on_train_epoch_end(self, *args: Any) -> None:
-        self.progress.epochs.value += 1
+        self.epochs -= 1
+
+    def enter(self, phase: int) -> None:
+        if self.is_due and phase != self.current:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.current = phase
+        if self.epochs <= 0 and phase == self.phase and not self.is_due:
+            self.is_due = True
+            signal.setitimer(signal.ITIMER_REAL, self.delay)
 
 
-class ReportingIO(TorchCheckpointIO):
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
+class KillableIO(TorchCheckpointIO):
+    def __init__(self, killer: Killer) -> None:
+        self.killer = killer
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.progress.phase.value = WRITING
+        self.killer.enter(WRITING)
         super().save_checkpoint(*args, **kwargs)
+        self.killer.enter(0)
 
 
-def train(folder: Path, progress: Progress) -> None:
+def train(folder: Path, killer: Killer) -> None:
     """Start, or go on from the last checkpoint; at the end write weights and history."""
+    # The default action on it: the kernel ends the process at once.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     torch.manual_seed(1)
     module, callback = DroppingClassifier(), LaLoraCallback(rank=4, gamma=0.5, save_adapter_only=True)
     checkpoints = ModelCheckpoint(folder, monitor="val/loss", save_top_k=2, save_last=True)
     trainer = new_trainer(
         folder,
         callback,
-        Reporter(progress),
+        killer,
         checkpoints,
-        plugins=[ReportingIO(progress)],
+        plugins=[KillableIO(killer)],
         max_epochs=EPOCHS,
         enable_checkpointing=True,
         num_sanity_val_steps=0,
@@ -70,42 +81,35 @@ def train(folder: Path, progress: Progress) -> None:
     torch.save({"history": callback.history, "weights": module.state_dict()}, folder / "end.pt")
 
 
-def start(folder: Path) -> tuple[Any, Progress]:
+def run(folder: Path, killer: Killer) -> int:
+    """Train in a process of its own; returns its exit code."""
     # Forked: torch need not be imported again.
-    context = multiprocessing.get_context("fork")
-    progress = Progress(context)
-    process = context.Process(target=train, args=(folder, progress))
+    process = multiprocessing.get_context("fork").Process(target=train, args=(folder, killer))
     process.start()
-    return process, progress
+    process.join(timeout=600)
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
 def test_a_run_that_was_killed_and_resumed_is_the_run_that_never_was(tmp_path: Path):
     rng = random.Random(0)
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    process, _ = start(uninterrupted)
-    process.join(timeout=120)
-    assert process.exitcode == 0
+    never = Killer(epochs=EPOCHS + 1, phase=STEP, delay=0.0)
+    assert run(uninterrupted, never) == 0
 
     kills = {STEP: 0, VALIDATION: 0, WRITING: 0}
     while sum(kills.values()) < KILLS:
-        process, progress = start(killed)
         epochs, phase = rng.choice([0, 0, 1, 2, 3]), rng.choice(list(kills))
-        while process.is_alive() and (progress.epochs.value < epochs or progress.phase.value != phase):
-            time.sleep(0.0001)
-        time.sleep(rng.uniform(0.0, 0.002))
-        phase = progress.phase.value
-        process.kill()
-        process.join()
-        assert process.exitcode == -9, "the run came to its end before all kills"
+        exit_code = run(killed, Killer(epochs, phase, delay=rng.uniform(1e-6, 0.002)))
+        assert exit_code in (-signal.SIGKILL, -signal.SIGALRM), "the run came to its end before all kills"
         kills[phase] += 1
         for file in killed.glob("*.ckpt"):
             torch.load(file, weights_only=True)
     assert min(kills.values()) >= KILLS // 8
     assert torch.load(killed / "last.ckpt", weights_only=True)["epoch"] > 10
 
-    process, _ = start(killed)
-    process.join(timeout=120)
-    assert process.exitcode == 0
+    assert run(killed, never) == 0
     end, expected = (torch.load(folder / "end.pt", weights_only=True) for folder in (killed, uninterrupted))
     assert end["history"] == expected["history"]
     assert len({tuple(ranks) for _, ranks, _ in expected["history"]}) > 3

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lalora_lightning import LaLoraCallback
+from lalora_lightning import LaLoraCallback, add_lora
 from tests.helpers.training import TinyClassifier, loader, new_trainer
 
 
@@ -87,3 +87,31 @@ def test_history_stays_short_and_keeps_its_ends(tmp_path: Path, monkeypatch: pyt
 def test_plot_before_fit():
     with pytest.raises(RuntimeError, match="fit has not started"):
         LaLoraCallback().plot()
+
+
+def test_settings_are_those_of_the_layers_where_the_module_adapted_itself(tmp_path: Path):
+    module = TinyClassifier()
+    add_lora(module, rank=2, alpha=6.0, dropout=0.1, init="orthogonal", target_modules=["key"], freeze_A=True)
+    logger = CSVLogger(tmp_path)
+    callback = LaLoraCallback(rank=8, dropout=0.3, init="pissa", target_modules=["query"], gamma=3.0)
+    new_trainer(tmp_path, callback, logger=logger, max_epochs=1).fit(module, loader())
+    logged = logger.experiment.hparams["lalora"]
+    assert (logged["rank"], logged["scaling"], logged["dropout"], logged["freeze_A"]) == (2, 3.0, 0.1, True)
+    assert logged["gamma"] == 3.0
+    # Nothing tells these of a module that adapted itself; the callback's own did not apply.
+    assert not {"init", "target_modules", "modules_to_save", "use_rslora"} & logged.keys()
+
+
+def test_settings_are_the_callbacks_where_it_adapted_the_module(tmp_path: Path):
+    logger = CSVLogger(tmp_path)
+    callback = LaLoraCallback(rank=4, dropout=0.3, init="orthogonal", target_modules=["key"], use_rslora=True)
+    trainer = new_trainer(tmp_path, callback, logger=logger, max_epochs=1)
+    module = TinyClassifier()
+    trainer.fit(module, loader())
+    logged = logger.experiment.hparams["lalora"]
+    assert (logged["rank"], logged["scaling"], logged["dropout"]) == (4, 8.0, 0.3)
+    assert (logged["init"], logged["target_modules"], logged["use_rslora"]) == ("orthogonal", ["key"], True)
+    assert logged["adapter_parameters"] == 3 * 4 * 16
+    # Fit called again: the module is the same, and so are its settings.
+    trainer.fit(module, loader())
+    assert logger.experiment.hparams["lalora"]["init"] == "orthogonal"

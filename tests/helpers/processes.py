@@ -54,7 +54,7 @@ def in_processes(world: int, folder: Path, work: Callable[[], Any]) -> list[Any]
     for child in processes:
         child.start()
     for child in processes:
-        child.join(timeout=120)
+        child.join(timeout=600)
         child.kill()
     assert [child.exitcode for child in processes] == [0] * world
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]

@@ -190,7 +190,9 @@ def test_a_trainer_run_goes_on_from_its_checkpoint(bits, tmp_path):
 
 @both
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_model_that_transformers_quantised(bits, family, tmp_path):
+def test_a_model_that_transformers_quantised(bits, family, tmp_path, monkeypatch):
+    # The base model computes as on processors without AVX512-BF16; the test below is about those that have it.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, raising=False)
     sizes = {"vocab_size": 30, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     if family == "llama":
         LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=64)).save_pretrained(tmp_path)
@@ -208,6 +210,33 @@ def test_a_model_that_transformers_quantised(bits, family, tmp_path):
     assert len(layers) == (4 if family == "llama" else 2)
     assert all(layer.lora_B.grad.any() for layer in layers.values())
     assert {key.rpartition(".")[2] for key in lora_state_dict(model)} == {"lora_A", "lora_B", "rank", "_extra_state"}
+
+
+@pytest.mark.parametrize("evaluated", ["before it is adapted", "after it was adapted"])
+def test_a_model_that_was_evaluated_is_trained_as_if_it_had_not_been(evaluated):
+    """On processors with AVX512-BF16, bitsandbytes packs weights for evaluation: no gradients pass through them."""
+
+    def weights_and_gradients(model: TinyTransformer) -> list[torch.Tensor]:
+        query = lora_layers(model)["blocks.0.query"]
+        x = X.clone().requires_grad_()
+        model.train()(x).square().sum().backward()
+        return [query.base_weight, x.grad, query.lora_B.grad]
+
+    never, model = adapted_model(4), quantized_model(4)
+    with torch.no_grad():
+        if evaluated == "before it is adapted":
+            model.eval()(X)
+        add_lora(model, rank=4)
+        for own, other in zip(model.parameters(), never.parameters(), strict=True):
+            if own.requires_grad:
+                own.copy_(other)
+        if evaluated == "after it was adapted":
+            model.eval()(X)
+    # Packing rounds the scales of the weights to bfloat16.
+    close = {"rtol": 0.02, "atol": 0.01} if evaluated == "before it is adapted" else {}
+    for own, expected in zip(weights_and_gradients(model), weights_and_gradients(never), strict=True):
+        scale = expected.abs().max()
+        torch.testing.assert_close(own / scale, expected / scale, **close)
 
 
 @both

@@ -1,6 +1,7 @@
 """TruncatedLoRALinear against slicing in plain torch and against PEFT's own layer."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -350,9 +351,16 @@ def test_weight_is_the_weight_in_effect_and_differentiable():
     assert layer.lora_A.grad is not None
 
 
-def test_one_compiled_graph_over_rank_changes():
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")),
+    ],
+)
+def test_one_compiled_graph_over_rank_changes(backend: str):
     layer = make_layer(d=16, m=16, rank=8, in_force=8)
-    compiled = torch.compile(layer, fullgraph=True)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
     x = torch.randn(5, 16)
     compiled(x).sum().backward()
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -47,7 +47,7 @@ def recipe_offline(name: str, *arguments: str, cwd: Path) -> subprocess.Complete
     return subprocess.run(
         [sys.executable, "-m", f"recipes.{name}", *arguments],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(root), "HF_HOME": str(cwd / "hub"), "HF_HUB_OFFLINE": "1"},
     )
@@ -140,7 +140,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_with(tmp_path: Path):
         [sys.executable, "-m", "recipes.vit_cifar100", *arguments, "--trainer.max_epochs=100000"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(root), "HF_HOME": str(tmp_path / "hub")},
         # Where the tests run in the background, they and what they start would ignore it.
@@ -150,7 +150,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_to_go_on_with(tmp_path: Path):
     while not last.exists() and running.poll() is None:
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
+    _, errors = running.communicate(timeout=600)
     assert running.returncode == 1
     assert f"--ckpt_path {last}" in errors
     checkpoint = torch.load(last, weights_only=True)

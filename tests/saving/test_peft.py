@@ -217,8 +217,13 @@ def test_an_adapter_of_peft_is_a_starting_point(tmp_path: Path, rslora: bool):
 
 
 def adapter_of_peft(folder: Path, **settings: Any) -> Path:
-    config = LoraConfig(r=2, target_modules=["query", "value"], **settings)
+    known = {key: value for key, value in settings.items() if key in LoraConfig.__dataclass_fields__}
+    config = LoraConfig(r=2, target_modules=["query", "value"], **known)
     get_peft_model(build("roberta"), config).save_pretrained(folder)
+    # What only a later PEFT than the installed one can be told.
+    file = folder / "adapter_config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**written, **{key: settings[key] for key in settings.keys() - known.keys()}}))
     return folder
 
 
