@@ -58,7 +58,7 @@ def named_head_parameters(
         for name in head:
             if f"{target}.".startswith(f"{name}."):
                 raise ValueError(
-                    f"Expected targets outside of modules_to_save but {target} lies in {name}, which is trained in "
+                    f"Expected targets outside of modules_to_save but {target} is inside {name}, which is trained in "
                     "full; leave it out of one of them."
                 )
     return {f"{name}.{key}": p for name in head for key, p in named_parameters(modules[name])}

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: small two-layer networks after or beside the projections of a transformer block.
+"""Bottleneck adapters: small two-layer networks after or parallel to the projections of a transformer block.
 
 Houlsby et al. 2019 (arXiv 1902.00751), Pfeiffer et al. 2021 (arXiv 2005.00247), AdapterDrop (Rücklé et al. 2021, arXiv
 2010.11918), the series adapter (LLM-Adapters, Hu et al. 2023, arXiv 2304.01933) and the parallel adapter (He et al.

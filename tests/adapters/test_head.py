@@ -67,6 +67,6 @@ def test_a_missing_head_lists_the_linear_layers(model: TinyTransformer):
 
 
 def test_a_target_in_a_module_that_is_trained_in_full(model: TinyTransformer):
-    with pytest.raises(ValueError, match=r"blocks\.1\.query lies in blocks\.1, which is trained in full"):
+    with pytest.raises(ValueError, match=r"blocks\.1\.query is inside blocks\.1, which is trained in full"):
         add_lora(model, modules_to_save=["blocks.1", "head"])
     assert unchanged(model)

@@ -43,7 +43,7 @@ def quantized(linear: nn.Linear, bits: int) -> nn.Module:
 
 
 def quantized_model(bits: int) -> TinyTransformer:
-    """All projections quantised, the head not, as transformers does it."""
+    """All projections quantized, the head not, as transformers does it."""
     torch.manual_seed(0)
     model = TinyTransformer(width=64)
     for block in model.blocks:
@@ -65,7 +65,7 @@ both = pytest.mark.parametrize("bits", [4, 8])
 
 
 @both
-def test_forward_and_gradients_against_the_dequantised_weight(bits):
+def test_forward_and_gradients_against_the_dequantized_weight(bits):
     base = quantized(nn.Linear(64, 96), bits)
     layer = TruncatedLoRALinear(base, rank=4, alpha=8.0, out_slices=[(0, 32), (64, 96)])
     nn.init.normal_(layer.lora_B, std=0.1)
@@ -113,7 +113,7 @@ def test_it_trains_and_its_ranks_adapt(bits):
 
 
 @both
-def test_its_state_holds_nothing_of_the_quantised_weights(bits):
+def test_its_state_holds_nothing_of_the_quantized_weights(bits):
     model = adapted_model(bits)
     state = lora_state_dict(model)
     assert {key.rpartition(".")[2] for key in state} == {"lora_A", "lora_B", "rank", "_extra_state", "weight", "bias"}
@@ -137,7 +137,7 @@ def test_a_merge_is_refused_and_the_way_out_works(bits):
     plain = TinyTransformer(width=64)
     load_lora_state_dict(plain, lora_state_dict(model))
     merge_lora(plain, remove=True)
-    # Apart from what quantisation lost.
+    # Apart from what quantization lost.
     torch.testing.assert_close(plain(X), model(X), rtol=0, atol=0.2)
 
 
@@ -152,7 +152,7 @@ def test_export_and_import_through_peft_s_format(bits, tmp_path):
     torch.testing.assert_close(again.eval()(X), model.eval()(X))
 
 
-def test_starts_come_from_the_dequantised_weight():
+def test_starts_come_from_the_dequantized_weight():
     layer = TruncatedLoRALinear(quantized(nn.Linear(64, 64), 4), rank=2, alpha=2.0, init="pissa")
     U, S, Vh = torch.linalg.svd(layer.base_weight)
     torch.testing.assert_close(layer.lora_B @ layer.lora_A, U[:, :2] * S[:2] @ Vh[:2])
@@ -190,7 +190,7 @@ def test_a_trainer_run_goes_on_from_its_checkpoint(bits, tmp_path):
 
 @both
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_model_that_transformers_quantised(bits, family, tmp_path, monkeypatch):
+def test_a_model_that_transformers_quantized(bits, family, tmp_path, monkeypatch):
     # The base model computes as on processors without AVX512-BF16; the test below is about those that have it.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False, raising=False)
     sizes = {"vocab_size": 30, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -240,7 +240,7 @@ def test_a_model_that_was_evaluated_is_trained_as_if_it_had_not_been(evaluated):
 
 
 @both
-def test_quantised_modules_cannot_be_trained_in_full(bits):
+def test_quantized_modules_cannot_be_trained_in_full(bits):
     model = quantized_model(bits)
     with pytest.raises(ValueError, match=r"trained in full but blocks\.0\.key hold quantized weights"):
         add_lora(model, rank=4, modules_to_save=["blocks.0.key"])
@@ -259,7 +259,7 @@ def test_a_whole_state_loads(bits):
     torch.testing.assert_close(other(X), model(X))
 
 
-def test_a_start_before_quantisation_is_that_of_the_weight():
+def test_a_start_before_quantization_is_that_of_the_weight():
     linear = nn.Linear(64, 64)
     base = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32)
     base.load_state_dict(linear.state_dict(), strict=False)

@@ -36,7 +36,7 @@ def test_allocator_operations_do_not_grow_with_the_number_of_layers():
     assert counts[6] <= 70
 
 
-def test_the_count_of_synchronisations(monkeypatch: pytest.MonkeyPatch):
+def test_the_count_of_synchronizations(monkeypatch: pytest.MonkeyPatch):
     assert allocator_synchronizations() == 0
     step = RankAllocator.step
 
