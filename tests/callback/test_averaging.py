@@ -42,7 +42,7 @@ def test_stochastic_weight_averaging_averages_the_adapters(tmp_path: Path):
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
-        ([LaLoraCallback(rank=4), WeightAveraging()], "has use_buffers=True; give it use_buffers=False"),
+        ([LaLoraCallback(rank=4), WeightAveraging()], "has use_buffers=True; set use_buffers=False"),
         ([WeightAveraging(use_buffers=False), LaLoraCallback(rank=4)], "to come after LaLoraCallback"),
         ([StochasticWeightAveraging(1e-3), LaLoraCallback(rank=4)], "to come after LaLoraCallback"),
         (

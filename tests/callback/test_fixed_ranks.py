@@ -70,7 +70,7 @@ def test_a_checkpoint_of_adaptive_ranks_is_none_of_fixed_ones(fixed, tmp_path):
 def test_a_pattern_needs_a_module_that_is_not_adapted_yet(tmp_path):
     task = TinyClassifier()
     add_lora(task, rank=4)
-    with pytest.raises(ValueError, match="give the pattern to add_lora as rank_pattern"):
+    with pytest.raises(ValueError, match="pass the ranks to add_lora as rank_pattern"):
         new_trainer(tmp_path, LaLoraCallback(rank=4, fixed_ranks={"blocks.1": 2})).fit(task, loader())
     callback = LaLoraCallback(rank=4, fixed_ranks={"blocks.1": 2})
     task = TinyClassifier()

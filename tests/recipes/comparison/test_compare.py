@@ -174,7 +174,7 @@ def test_a_search_that_fails_leaves_a_method_out(
     assert [name for name, *_ in failing[2:]] == ["head"] * 4
     errors = capsys.readouterr().err
     assert f"digits, lora, seed {search}, learning rate 0.2: no luck" in errors
-    assert errors.count("digits, lora: skipped, since its learning rate is not known.") == 1
+    assert errors.count("digits, lora: skipped, because the search of its learning rate failed.") == 1
 
 
 @pytest.mark.parametrize(("seeds", "status"), [(["0", "2"], 0), (["0", "1"], 1)])
