@@ -4,20 +4,28 @@ import lightning.pytorch as pl
 
 from lalora_lightning.adapters import lora_layers
 
-__all__ = ["require_optimized"]
+__all__ = ["optimizers_hold_parameters", "require_optimized"]
+
+
+def optimizers_hold_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    """Return whether the optimizers hold parameters of the module.
+
+    Strategies that flatten or shard parameters give the optimizers others; then parameters and gradients of the module
+    tell nothing.
+    """
+    optimized = _optimized(trainer)
+    return any(id(p) in optimized for p in pl_module.parameters())
 
 
 def require_optimized(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Check that the optimizers hold all trainable adapter parameters, which would otherwise never change.
 
-    Strategies that flatten or shard parameters give the optimizers others; then nothing can be checked.
-
     Raises:
         RuntimeError: The optimizers lack some.
     """
-    optimized = {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
-    if not any(id(p) in optimized for p in pl_module.parameters()):
+    if not optimizers_hold_parameters(trainer, pl_module):
         return
+    optimized = _optimized(trainer)
     forgotten = [
         f"{name}.{factor}"
         for name, layer in lora_layers(pl_module).items()
@@ -29,3 +37,7 @@ def require_optimized(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Non
             f"Expected the optimizers to hold all adapter parameters but they lack {len(forgotten)}, "
             f"{forgotten[0]} the first. Build them in configure_optimizers() from self.parameters()."
         )
+
+
+def _optimized(trainer: pl.Trainer) -> set[int]:
+    return {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
