@@ -1,6 +1,6 @@
 """La-LoRA for PyTorch Lightning: layer-wise adaptive low-rank fine-tuning.
 
-The names below are loaded when they are first used: only :class:`LaLoraCallback` loads Lightning.
+Public names are loaded on first use. Only :class:`LaLoraCallback` loads Lightning.
 """
 
 from importlib import import_module
@@ -38,7 +38,7 @@ __all__ = [
     "unmerge_lora",
 ]
 
-# Searched in this order, the heaviest last.
+# Searched in this order. The last one loads Lightning, which is the slowest import.
 _FOLDERS = ("layers", "adapters", "allocator", "saving", "callback")
 
 

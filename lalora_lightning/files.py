@@ -1,4 +1,4 @@
-"""Reading and writing files: checksums, damaged files, files that are complete or absent."""
+"""Reading and writing files: checksums, damaged files, atomic replacement."""
 
 import os
 import zipfile
@@ -11,12 +11,12 @@ __all__ = ["first_line", "load_file", "replaced_when_complete", "require_intact_
 
 
 def require_intact_file(path: str | os.PathLike[str]) -> None:
-    """Compare a file's contents with the checksums stored in it, which ``torch.load`` does not check.
+    """Check a file against the checksums stored in it, which ``torch.load`` does not do.
 
-    A file that is not a zip archive is left to ``torch.load``.
+    Files that are not zip archives have no checksums and are not checked.
 
     Raises:
-        ValueError: They differ.
+        ValueError: The file is damaged.
     """
     if not Path(path).is_file():
         return
@@ -29,7 +29,7 @@ def require_intact_file(path: str | os.PathLike[str]) -> None:
             directories = (entry.filename for entry in archive.infolist() if entry.external_attr & 0x10)
             damaged = archive.testzip() or next(directories, None)
     except Exception as error:
-        # BadZipFile, and whatever else damage leads to.
+        # Damage leads to BadZipFile and many other errors.
         damaged = str(error)
     if damaged is not None:
         raise ValueError(
@@ -42,7 +42,7 @@ def load_file(path: str | os.PathLike[str], kind: str) -> Any:
 
     Args:
         path: The file.
-        kind: What the file is expected to be, for the error message.
+        kind: Description of the expected contents, for the error message.
 
     Raises:
         ValueError: The file is damaged or of another kind.
@@ -55,7 +55,7 @@ def load_file(path: str | os.PathLike[str], kind: str) -> Any:
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:
-        # torch raises errors of many types, depending on what the file is instead.
+        # torch raises errors of many types, depending on the contents of the file.
         raise ValueError(
             f"Expected {path} to be {kind} but it cannot be read ({type(error).__name__}: {first_line(error)})."
         ) from error
@@ -63,9 +63,9 @@ def load_file(path: str | os.PathLike[str], kind: str) -> Any:
 
 @contextmanager
 def replaced_when_complete(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``, which is renamed to it when the block ends without an error.
+    """Yield a temporary path next to ``path``, and rename it to ``path`` if the block ends without an error.
 
-    An error, or the end of the process, leaves whatever was at ``path`` before.
+    If there is an error, or if the process is killed, an existing file at ``path`` is not changed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -76,7 +76,7 @@ def replaced_when_complete(path: Path) -> Iterator[Path]:
 
 
 def first_line(error: BaseException) -> str:
-    r"""Return the first line of an error's message, or its type where it has no message.
+    r"""Return the first line of an error's message, or its type if it has no message.
 
     >>> first_line(ValueError("no such file\nhint: look elsewhere")), first_line(KeyboardInterrupt())
     ('no such file', 'KeyboardInterrupt')

@@ -4,11 +4,12 @@ Source: Gu, Yuan, Cai, Zhou, Fan, "La-LoRA: Parameter-efficient fine-tuning with
 adaptation", Neural Networks 194 (2025) 108095.
 
 Shapes used throughout: ``L`` layers that get a rank each, at most ``K`` adapted weight matrices in a layer, ``r``
-rank components in a matrix. Norms of both factors travel together in a leading dimension of 2: index 0 is ``lora_A``,
-index 1 is ``lora_B``. A layer with fewer than ``K`` matrices is padded with zero norms, which add nothing.
+rank components in a matrix. Norms of both factors are stored together along a leading dimension of size 2: index 0 is
+``lora_A``, index 1 is ``lora_B``. A layer with fewer than ``K`` matrices is padded with zero norms, which add nothing.
 
-No function reads a number from the device, so that none synchronizes. The caller has to check for norms that are not
-finite: where an equation divides zero by zero, the result is the value that docs/method.md defines, and not NaN.
+No function copies a value from the device, so none causes a synchronization. Where an equation divides zero by zero,
+the result is the value that docs/method.md defines instead of NaN. The caller has to check for norms that are NaN or
+Inf.
 """
 
 import torch
@@ -111,7 +112,7 @@ def values(truncated: Tensor, ranks: Tensor) -> Tensor:
 def growth_rates(value: Tensor, value_before: Tensor) -> Tensor:
     """Return the relative growth of each layer's value: ``IR_i = (s_i - s_i_before) / s_i_before`` (Eq. 6).
 
-    A value that was zero has growth zero (difference 5 from the paper).
+    If the previous value is zero, the growth rate is zero (difference 5 from the paper).
 
     Args:
         value: ``(L,)``.
@@ -132,7 +133,7 @@ def update_budget(budget: Tensor, growth: Tensor, gamma: float, minimum: float, 
     Args:
         budget: Scalar, the current budget.
         growth: ``(L,)`` growth rates.
-        gamma: How strongly growth of the values grows the budget.
+        gamma: How strongly growth of the values increases the budget.
         minimum: Lower bound, one rank for every layer: ``L``.
         maximum: Upper bound, ``r * L`` in the paper.
 
@@ -197,10 +198,10 @@ def relative_contributions(contribution: Tensor, matrices: Tensor) -> Tensor:
 def allocate_ranks(contribution: Tensor, budget: Tensor, max_rank: int, temperature: float = 1.0) -> Tensor:
     """Return whole ranks near ``share = softmax(c / temperature) * DCDPB``, each in [1, r] (Eq. 8).
 
-    Every layer has rank 1, and claims ``clamp(share - 1, 0, r - 1)`` beyond that. What the maximum ``r`` cuts off a
-    share is not given to other layers (difference 3). If the claims add up to more than ``floor(budget) - L``, they are
-    scaled down to it (difference 4). Fractions are rounded by largest remainder. Ties are decided in favor of the
-    larger contribution, then of the earlier layer.
+    Every layer gets rank 1 and claims ``clamp(share - 1, 0, r - 1)`` more. The part of a share above the maximum ``r``
+    is not given to other layers (difference 3). If the claims add up to more than ``floor(budget) - L``, they are
+    scaled down to this sum (difference 4). Fractions are rounded by the largest-remainder method. Ties go to the layer
+    with the larger contribution, or else to the earlier layer.
 
     Args:
         contribution: ``(L,)``.
@@ -215,7 +216,7 @@ def allocate_ranks(contribution: Tensor, budget: Tensor, max_rank: int, temperat
     tensor([4, 3, 1])
     """
     layers = contribution.numel()
-    # In falling order, so that among layers cut to the same claim the one that contributes more comes first.
+    # Descending, so that among layers with the same clamped claim the one that contributes more comes first.
     contribution, order = contribution.sort(descending=True, stable=True)
     shares = (contribution / temperature).softmax(0) * budget
     claims = (shares - 1).clamp(0, max_rank - 1)
@@ -223,9 +224,9 @@ def allocate_ranks(contribution: Tensor, budget: Tensor, max_rank: int, temperat
     claims = claims * (available / claims.sum().clamp(min=_ROUNDING_TOLERANCE)).clamp(max=1)
     floors = claims.floor()
     remainders = claims - floors
-    # A sum of floats may fall short of the whole number it should be; the tolerance is too small to reach the next.
+    # The sum should be an integer, but rounding errors can make it slightly smaller.
     left = (remainders.sum() + _ROUNDING_TOLERANCE).floor()
-    # The first layers in the order of falling remainders are rounded up.
+    # The layers with the largest remainders are rounded up.
     rounded_up = torch.arange(layers, device=budget.device) < left
     falling = remainders.argsort(descending=True, stable=True)
     ranks = (1 + floors).index_add(0, falling, rounded_up.to(floors.dtype)).long()

@@ -37,7 +37,7 @@ def milora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
 def olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """Return rows of R and columns of Q of the weight's QR decomposition (OLoRA, arXiv 2406.01775).
 
-    Arguments and shapes as in :func:`pissa`; the scaling has no influence.
+    Arguments and shapes as in :func:`pissa`; the scaling is not used.
     """
     Q, R = torch.linalg.qr(weight.float())
     return R[:rank], Q[:, :rank]
@@ -48,7 +48,7 @@ FACTORIZATIONS: dict[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]]
     "milora": milora,
     "olora": olora,
 }
-"""The initializations with a nonzero ``B A``, by their name."""
+"""The initializations with a nonzero ``B A``, by name."""
 
 
 def _singular_factors(weight: Tensor, components: slice, scaling: float) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ def confidence(values: Sequence[float]) -> float:
         return 0.0
     quantiles = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
     freedom = len(values) - 1
-    # Above 10 degrees of freedom the first terms of the expansion around the normal quantile are as exact.
+    # Above 10 degrees of freedom, the first terms of the expansion around the normal quantile are accurate enough.
     z = 1.96
     t = quantiles[freedom - 1] if freedom <= 10 else z + (z**3 + z) / (4 * freedom) + 0.0233 * (11 / freedom) ** 2
     return t * deviation(values) / math.sqrt(len(values))
@@ -36,7 +36,7 @@ def confidence(values: Sequence[float]) -> float:
 def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
     """Return the 95% percentile bootstrap interval of the mean (Efron and Tibshirani, 1993).
 
-    The resamples are drawn with a fixed seed, so that the same values have the same interval.
+    The resamples are drawn with a fixed seed, so the result is reproducible.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""The keys under which a run logs its ranks and costs, shared by those who write and those who read logs."""
+"""The keys of logged ranks and costs, for the code that writes logs and the code that reads them."""
 
 __all__ = [
     "FIT_PREFIX",
@@ -16,7 +16,7 @@ __all__ = [
 ]
 
 RANK_PREFIX = "rank/"
-"""Before a layer's name: its current rank."""
+"""Prefix of the key of a layer's current rank."""
 
 RANK_TOTAL = "rank/total"
 """Sum of the ranks of all layers."""
@@ -28,10 +28,10 @@ RANK_TRAJECTORIES = "rank/trajectories"
 """The heat map of ranks, an image."""
 
 SPARSITY_PREFIX = "sparsity/"
-"""Before a layer's name: the sparsity of its increment (Eq. 1), in [0, 1]."""
+"""Prefix of the key of the sparsity of a layer's increment (Eq. 1), in [0, 1]."""
 
 FIT_PREFIX = "fit/"
-"""Before what is logged once, at the end of training."""
+"""Prefix of the keys that are logged once, at the end of training."""
 
 SECONDS = "fit/seconds"
 """Duration of training, in seconds."""
@@ -40,7 +40,7 @@ PEAK_MEMORY = "fit/peak_memory_mib"
 """Peak memory of training, in MiB."""
 
 SETTINGS_PREFIX = "lalora"
-"""Group of the callback's settings among the hyperparameters."""
+"""Prefix of the callback's settings in the hyperparameters."""
 
 
 def rank_key(layer: str) -> str:
@@ -58,7 +58,7 @@ def sparsity_key(layer: str) -> str:
 
 
 def rank_metrics(layers: list[str], ranks: list[int], budget: float) -> dict[str, float]:
-    """Return ranks, total rank and budget by the keys they are logged under.
+    """Return ranks, total rank and budget by their log keys.
 
     >>> rank_metrics(["a", "b"], [1, 3], 4.5)
     {'rank/a': 1.0, 'rank/b': 3.0, 'rank/total': 4.0, 'rank/budget': 4.5}

@@ -1,4 +1,4 @@
-"""Memory that training takes: allocated on a GPU, resident in the process on a CPU."""
+"""Memory used by training: allocated memory on a GPU, resident memory of the process on a CPU."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ __all__ = ["peak_memory_mib", "reset_peak_memory", "resident_mib"]
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new measurement on a GPU. The peak of a process on a CPU counts from its start and cannot be reset."""
+    """Reset the peak memory of a GPU; on a CPU, the peak of the process cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -18,8 +18,8 @@ def peak_memory_mib(device: torch.device) -> float | None:
     """Return the peak memory in MiB.
 
     Returns:
-        On a GPU the most that PyTorch had allocated there since :func:`reset_peak_memory`. On a CPU the most that the
-        whole process held since it started, on Linux; None on other systems.
+        On a GPU, the peak of the memory allocated by PyTorch since :func:`reset_peak_memory`. On a CPU, the peak
+        resident memory of the process since it started, or None on systems other than Linux.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -31,7 +31,7 @@ def peak_memory_mib(device: torch.device) -> float | None:
 
 
 def resident_mib() -> float:
-    """Return the memory that the process holds now, in MiB; Linux only."""
+    """Return the current resident memory of the process, in MiB; Linux only."""
     import resource
 
     pages = int(Path("/proc/self/statm").read_text().split()[1])

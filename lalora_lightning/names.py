@@ -1,4 +1,7 @@
-"""Dotted names of modules and parameters: what they share, and which projections form a layer. Loads no torch."""
+"""Dotted names of modules and parameters: common prefixes, and grouping of projections into layers.
+
+Does not import torch.
+"""
 
 import functools
 import itertools
@@ -18,11 +21,11 @@ __all__ = [
 GroupBy = Literal["block", "parent", "module"] | Callable[[str], str]
 
 CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
-"""Attribute in which torch's ``checkpoint_wrapper`` holds the module it wraps; absent from names in a state dict."""
+"""Attribute that holds the module wrapped by torch's ``checkpoint_wrapper``; not part of the keys of a state dict."""
 
 
 def state_name(name: str) -> str:
-    """Return a module's or parameter's name as a state dict has it, without activation checkpointing wrappers.
+    """Return the name of a module or parameter in a state dict, without activation checkpointing wrappers.
 
     >>> state_name("blocks.0._checkpoint_wrapped_module.query.weight")
     'blocks.0.query.weight'
@@ -31,7 +34,7 @@ def state_name(name: str) -> str:
 
 
 def parent_name(name: str) -> str:
-    """Return the name of the module that holds a module; empty for a child of the root.
+    """Return the name of a module's parent; empty for a child of the root.
 
     >>> parent_name("encoder.layer.0")
     'encoder.layer'
@@ -52,7 +55,7 @@ def common_prefix(names: Iterable[str]) -> list[str]:
 def split_common_prefix(names: Sequence[str]) -> tuple[str, list[str]]:
     """Split the common prefix off the names, so that tables and axes can show it once.
 
-    A single name, and a name that is itself the prefix, are kept whole.
+    A single name is not split. A name that is equal to the prefix is kept as it is.
 
     Returns:
         The prefix, without a trailing dot, and the rest of each name.
@@ -69,10 +72,10 @@ def group_names(names: Iterable[str], group_by: GroupBy = "block") -> dict[str, 
 
     Args:
         names: Names of the projections.
-        group_by: ``"block"``: the name up to its first index, so that a transformer block is a layer; an index that
-            all names share is skipped. ``"parent"``: the module that holds the projection, so that an attention is a
-            layer. ``"module"``: every projection is a layer of its own. Or a function from a projection's name to its
-            layer's name.
+        group_by: ``"block"`` groups by the name up to the first index, so that a transformer block is a layer; an index
+            that all names share is skipped. ``"parent"`` groups by the parent module, so that an attention module is a
+            layer. With ``"module"``, every projection is a layer of its own. A function maps the name of a projection
+            to the name of its layer.
 
     Returns:
         The names of each layer's projections, by the name of the layer.
@@ -102,7 +105,7 @@ def group_names(names: Iterable[str], group_by: GroupBy = "block") -> dict[str, 
 
 
 def _block_name(name: str, shared: int) -> str:
-    """Return the name up to its first index behind the ``shared`` leading parts."""
+    """Return the name up to its first index after the ``shared`` leading parts."""
     parts = name.split(".")
     indices = [i for i, part in enumerate(parts) if part.isdigit()]
     first = next((i for i in indices if i >= shared), indices[0] if indices else len(parts) - 1)

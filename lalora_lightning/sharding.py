@@ -6,7 +6,7 @@ __all__ = ["gathered"]
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that is sharded (a ``DTensor``), and any other tensor as it is.
+    """Return the full tensor of a sharded tensor (a ``DTensor``); return any other tensor unchanged.
 
     Gathering is a collective operation: every process has to call it.
     """

@@ -16,10 +16,10 @@ def layer_sparsity(model: nn.Module, group_by: GroupBy = "block") -> Tensor:
     """Return the share of nearly zero entries in each layer's increment ``P = scaling * B_r' A_r'`` (Eq. 1).
 
     All adapted entries of the layer's projections count; in a fused projection, only those of the adapted slices.
-    Sharded adapters are gathered, so that every process has to call this.
+    Sharded adapters are gathered, so every process has to call this.
 
     Args:
-        model: With LoRA layers.
+        model: A model with LoRA layers.
         group_by: Which projections form a layer, see :func:`lalora_lightning.names.group_names`.
 
     Returns:

@@ -7,7 +7,7 @@ __all__ = ["html_table", "markdown_table", "text_table"]
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """Return the rows as aligned columns under a header and a line.
+    """Return the rows as aligned columns, below a header and a line.
 
     Args:
         header: A title for each column.

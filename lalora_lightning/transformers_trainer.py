@@ -1,4 +1,4 @@
-"""LaLoraTrainerCallback: the rank allocator in transformers' Trainer."""
+"""LaLoraTrainerCallback: runs the rank allocator in transformers' Trainer."""
 
 import warnings
 from typing import Any
@@ -16,17 +16,17 @@ __all__ = ["LaLoraTrainerCallback"]
 
 
 class LaLoraTrainerCallback(TrainerCallback, ExportableState):
-    """Adaptive ranks in transformers' ``Trainer``, for a model that :func:`lalora_lightning.add_lora` adapted.
+    """Adaptive ranks for transformers' ``Trainer``; :func:`lalora_lightning.add_lora` has to adapt the model first.
 
     ::
 
         add_lora(model, rank=8)
         Trainer(model, args, train_dataset=data, callbacks=[LaLoraTrainerCallback()]).train()
 
-    A :class:`RankAllocator` acts after each optimizer step. Its ranks are added to the training logs as
+    A :class:`RankAllocator` updates the ranks after each optimizer step. Its ranks are added to the training logs as
     ``rank/<layer>``, ``rank/total`` and ``rank/budget``. Integrations named in ``report_to`` are called before this
-    callback: to give them the ranks, set ``report_to="none"`` and add the integration's callback behind this one.
-    Checkpoints hold what a resumed run needs.
+    callback and do not get the ranks. Set ``report_to="none"`` instead, and add the integration's callback after this
+    one. Checkpoints contain the state that a run needs to resume.
 
     With ``contribution="fisher"`` the gradients are read after the Trainer has clipped them.
 
@@ -34,12 +34,12 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         settings: Arguments of :class:`RankAllocator`.
 
     Attributes:
-        allocator: The :class:`RankAllocator`, from the start of training on.
+        allocator: The :class:`RankAllocator`; None before training.
 
     Raises:
         TypeError: An argument is unknown.
-        ValueError: An argument is out of range. At the start of training: the model has no LoRA layers, or a run is
-            resumed from a checkpoint without this callback's state.
+        ValueError: An argument is out of range; or, at the start of training, the model has no LoRA layers, or the
+            checkpoint has no state of this callback.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -60,13 +60,14 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         self._gradients = GradientMonitor(model)
         if state.global_step == 0:
             return
-        # The Trainer restores a callback's state only if it is told to; its own state holds it in any case.
+        # The Trainer only restores a callback if restore_callback_states_from_checkpoint is set. Its own state always
+        # contains the callback's state.
         saved: Any = state.stateful_callbacks or {}
         restored = self.restored or saved.get(type(self).__name__, {}).get("attributes", {}).get("restored")
         if restored is None:
             raise ValueError(
                 "Expected a checkpoint of a run with LaLoraTrainerCallback but it has none of its state; resume from "
-                "another one, or train without resume_from_checkpoint."
+                "another checkpoint, or train without resume_from_checkpoint."
             )
         own = self.allocator.state_dict()
         tensors = {k: torch.tensor(restored[k], dtype=v.dtype) for k, v in own.items() if isinstance(v, Tensor)}
@@ -75,7 +76,7 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show the allocator the gradients, and check in the first steps that they exist."""
+        """Pass the gradients to the allocator, and check in the first steps that they exist."""
         assert self.allocator is not None
         warning = None if self._gradients is None else self._gradients.observe()
         if warning is not None:
@@ -85,7 +86,7 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Decide the ranks of the next step."""
+        """Update the ranks."""
         assert self.allocator is not None
         self.allocator.step()
 
@@ -98,21 +99,21 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> None:
         """Add ranks and budget to the logs of training."""
-        # Evaluation calls this hook, too.
+        # Evaluation also calls this hook.
         if self.allocator is None or logs is None or "loss" not in logs:
             return
         *ranks, budget = torch.cat([self.allocator.ranks.float(), self.allocator.budget.float().view(1)]).tolist()
         metrics = log_keys.rank_metrics(self.allocator.layer_names, ranks, budget)
         logs.update(metrics)
-        # The Trainer has copied the logs there already.
+        # The Trainer has already copied the logs to its history.
         state.log_history[-1].update(metrics)
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer writes into a checkpoint as JSON."""
+        """Return the state that the Trainer writes into a checkpoint as JSON."""
         state = None if self.allocator is None else self.allocator.state_dict()
         if state is not None:
             state = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in state.items()}
-        # A function cannot be written. If it is missing when the run is resumed, the layers' names differ, which is an
-        # error.
+        # Functions cannot be written as JSON. If group_by is missing when the run is resumed, the names of the layers
+        # differ, which raises an error.
         settings = {key: value for key, value in self.settings.items() if not callable(value)}
         return {"args": settings, "attributes": {"restored": state}}

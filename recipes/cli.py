@@ -1,4 +1,4 @@
-"""The command line that the Trainer recipes share: train, test, write a report, save the adapter."""
+"""The command line of the recipes: train, test, write a report, save the adapter."""
 
 import argparse
 import inspect
@@ -25,7 +25,7 @@ __all__ = ["RecipeCLI", "argument_options", "options_in", "run", "summarize_run"
 
 CONFIGS = Path(__file__).parent / "configs"
 
-# The options under --lalora that also set the settings of the same name of other methods.
+# The options under --lalora that other methods with a setting of the same name also use.
 SHARED_SETTINGS = ("rank", "alpha", "dropout", "target_modules", "modules_to_save")
 
 Link = tuple[str, str, str]
@@ -33,15 +33,15 @@ Link = tuple[str, str, str]
 
 
 class RecipeCLI(LightningCLI):
-    """LightningCLI with a choice of the method and a checkpoint of the best epoch.
+    """LightningCLI with a choice of methods and a checkpoint of the best epoch.
 
     ``--method`` is read by :func:`parse_method`. The options under ``--lalora`` are the arguments of
-    :class:`LaLoraCallback`. Other methods use those of :data:`SHARED_SETTINGS` that they have.
+    :class:`LaLoraCallback`. Other methods also use them, if they are in :data:`SHARED_SETTINGS`.
 
     Args:
         module: The class of the LightningModule.
         data: The class of the LightningDataModule.
-        links: Arguments that follow from other arguments.
+        links: Arguments that are derived from other arguments.
         configs: YAML files with the defaults; later files override earlier ones.
     """
 
@@ -62,7 +62,7 @@ class RecipeCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the options that are not the Trainer's, the module's or the data's."""
+        """Add the options for the method, the callbacks and resuming, and the linked arguments."""
         parser.add_argument(
             "--method",
             default="lalora",
@@ -77,14 +77,14 @@ class RecipeCLI(LightningCLI):
         parser.set_defaults(
             {
                 "trainer.precision": "bf16-mixed" if has_bf16 else "32-true",
-                # A run that is interrupted with Ctrl-C can be resumed.
+                # So that a run can be resumed after Ctrl-C.
                 "checkpoint.save_on_exception": True,
                 "checkpoint.save_last": True,
             }
         )
 
     def adapt(self, method: Method, settings: Mapping[str, Any]) -> None:
-        """Adapt the model by a method and add the method's callbacks to the Trainer.
+        """Adapt the model with a method and add the method's callbacks to the Trainer.
 
         Args:
             method: The method.
@@ -96,7 +96,7 @@ class RecipeCLI(LightningCLI):
         options = self.config.lalora.as_dict()
         if method.name != "lalora":
             options = {name: options[name] for name in SHARED_SETTINGS if name in method.defaults}
-        # They come first, since the set-up of the other callbacks may depend on the layers.
+        # These callbacks come first, because the setup of other callbacks may depend on the inserted layers.
         self.trainer.callbacks[:0] = method.adapt(self.model, **{**options, **settings})  # type: ignore[attr-defined]
 
 
@@ -108,21 +108,22 @@ def run(
     variants: tuple[str, str] | None = None,
     shared: str | None = None,
 ) -> None:
-    """Train, test the best checkpoint, print a table, save the adapter and the report beside the logs.
+    """Train, test the best checkpoint, print a table, and save the adapter and the report next to the logs.
 
     Args:
         module: The class of the LightningModule.
         data: The class of the LightningDataModule.
         name: Name of the recipe; its settings are in ``configs/<name>.yaml``.
-        links: Arguments that follow from other arguments.
-        variants: An argument and its default; ``configs/<name>.<value of the argument>.yaml`` overrides the settings.
-        shared: Name of a YAML file in ``configs`` that the recipe's own file overrides.
+        links: Arguments that are derived from other arguments.
+        variants: An argument that selects an additional file of settings, and its default. The file is
+            ``configs/<name>.<value of the argument>.yaml``.
+        shared: Name of a YAML file in ``configs`` with settings that the recipe's own file overrides.
     """
     quiet()
     torch.set_float32_matmul_precision("high")
     names = [name] if shared is None else [shared, name]
     if variants is not None:
-        # It decides the defaults of the other options and has to be read first. The data module checks its value.
+        # This argument determines the defaults of other options, so it is read first. The data module checks its value.
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument(f"--{variants[0]}", dest="variant", default=variants[1])
         names.append(f"{name}.{first.parse_known_args()[0].variant}")
@@ -145,7 +146,7 @@ def run(
     except FileNotFoundError as error:
         _exit(error, options)
     except SystemExit:
-        # Lightning exits after Ctrl-C, when it has saved a checkpoint and shut down.
+        # After Ctrl-C, Lightning saves a checkpoint, shuts down and exits.
         checkpoint = cli.trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path:
             print(f"\nInterrupted. To resume: --ckpt_path {checkpoint.last_model_path}", file=sys.stderr)
@@ -165,11 +166,11 @@ def run(
     print("\n" + text_table([names[-1], ""], rows))
     print(f"\nLogs, settings, report.json and weights: {folder}")
     if "ranks" in report:
-        print(f"For a page with figures of the ranks: python -m lalora_lightning.report {folder}")
+        print(f"To write a page with figures of the ranks: python -m lalora_lightning.report {folder}")
 
 
 def summarize_run(trainer: pl.Trainer, model: pl.LightningModule, scores: Any, seconds: float) -> dict[str, Any]:
-    """Return what is worth keeping of a run: scores, parameters, ranks, duration."""
+    """Return the scores, parameter counts, ranks and duration of a run."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     callbacks: Iterable[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     allocators = [c.allocator for c in callbacks if isinstance(c, LaLoraCallback) and c.allocator is not None]
@@ -185,9 +186,9 @@ def summarize_run(trainer: pl.Trainer, model: pl.LightningModule, scores: Any, s
 def argument_options(
     module: type[LightningModule], data: type[LightningDataModule], links: Sequence[Link]
 ) -> dict[str, list[str]]:
-    """Return the options of a recipe that set an argument of the package's classes, by the argument's name.
+    """Return the recipe's options for each argument of the package's classes, by the name of the argument.
 
-    A linked argument has the option of its source, or none if the source is not an option.
+    A linked argument has the option of its source, or no option if the source is not an option.
     """
     classes = {"model": module, "data": data, "lalora": LaLoraCallback}
     arguments = [f"{group}.{name}" for group, cls in classes.items() for name in inspect.signature(cls).parameters]
@@ -201,7 +202,7 @@ def argument_options(
 
 
 def options_in(message: str, options: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the options whose arguments an error message names in backquotes, in the order of the message.
+    """Return the options for the arguments that an error message names in backquotes, in the order of the message.
 
     >>> options_in("Cannot load the data set; set `path` to a local folder.", {"path": ["--data.path"]})
     ['--data.path']
@@ -211,6 +212,6 @@ def options_in(message: str, options: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _exit(error: Exception, options: Mapping[str, Sequence[str]] | None = None) -> NoReturn:
-    """End the recipe with the error, and with the options that the error names as arguments."""
+    """Exit with an error message and the options for the arguments that it names."""
     named = options_in(str(error), options or {})
     sys.exit(f"error: {error}" + (f"\nOptions of this recipe: {', '.join(named)}" if named else ""))

@@ -3,7 +3,7 @@
     python -m recipes.commonsense --data.test_path LLM-Adapters/dataset
     python -m recipes.commonsense --model.name meta-llama/Llama-2-7b-hf --data.path FOLDER --method lora
 
-The model is trained on 170 thousand instructions of all tasks and then generates an answer to every test question. The
+The model is trained on 170 thousand instructions for all tasks. It then generates an answer to every test question. The
 training set comes from the Hub or from a folder with train.parquet. The test sets are files: <task>.parquet or, as in
 the folder "dataset" of github.com/AGI-Edgerunners/LLM-Adapters, <task>/test.json. By default they are expected in the
 subfolder "test" of --data.path. The settings are in configs/commonsense.yaml. --help lists all options.

@@ -1,11 +1,11 @@
-"""Compare methods on tasks over seeds, with the same data, order, schedule, head and evaluation for all.
+"""Compare methods on tasks and seeds, with the same data, order, schedule, head and evaluation for all methods.
 
     python -m recipes.compare --tasks digits --methods lora lalora lalora:gamma=4 --seeds 0 1 2 3 4
     python -m recipes.compare --tasks glue/mrpc --methods lora "lalora:growth=stored,contribution_scale=absolute"
     python -m recipes.compare --tasks digits --methods lora lalora --learning_rates 1e-3 3e-3 1e-2
 
-Each run is added to a JSON lines file as soon as it is done, and is not repeated. The tables are written beside this
-file as Markdown and CSV, with a figure of each. The exit status is 1 if a run has failed.
+Each run is added to a JSON lines file as soon as it is done. Runs in this file are not repeated. The tables are written
+next to this file as Markdown and CSV, with a figure for each table. The exit status is 1 if a run has failed.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ from recipes.methods import METHODS, NotApplicableError, parse_method
 __all__ = ["Comparison", "compare", "write_report"]
 
 SEARCH_SEED = 1_000_000
-"""Seed of the runs that search a learning rate; no comparison uses it."""
+"""Seed for the search of learning rates; the compared runs do not use it."""
 
-# The options that set the arguments which errors of the package name.
+# The options for the arguments that error messages of the package name.
 _OPTIONS = "Options of this recipe: --model for name, --glue_path or --cifar10_path for path"
 
 
@@ -52,16 +52,16 @@ def compare(
     precision: str = "32-true",
     report_only: bool = False,
 ) -> int:
-    """Do the runs that are not done yet and write the tables.
+    """Do the missing runs and write the tables.
 
     Args:
         tasks: Names of tasks.
         methods: Methods, each as ``name`` or ``name:setting=value,setting=value``.
         seeds: Seeds of the head, the order of the rows and dropout; the pretrained backbone is the same for all.
-        learning_rates: Peaks of the schedule. A single one is shared by all methods. Of several, each method uses the
-            one that scores best with a held-out seed. If there is none, each task's default is used.
+        learning_rates: Peak learning rates. A single value is used for all methods. With several values, each method
+            uses the one that scores best with a held-out seed. Without a value, each task's default is used.
         task_settings: Settings of the tasks.
-        output: File of the runs; the tables are written beside it.
+        output: File for the runs; the tables are written next to it.
         precision: Precision of the Trainer.
         report_only: Only read the file and write the tables.
 
@@ -70,10 +70,10 @@ def compare(
 
     Raises:
         ValueError: A method, a setting or a task is unknown.
-        FileNotFoundError: Data or model cannot be reached or found.
+        FileNotFoundError: Data or model cannot be found or downloaded.
     """
     quiet()
-    # The warning about a new head is expected, and there would be thousands of progress bars.
+    # The warning about a new head is expected, and thousands of progress bars would be printed.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     planned = [parse_method(spec) for spec in methods]
@@ -98,13 +98,13 @@ def compare(
 
 
 class Comparison:
-    """The runs of a comparison: those in a file, and those that are added to it.
+    """The runs of a comparison, in a file to which new runs are added.
 
     Args:
         output: The file.
 
     Attributes:
-        done: The records of all runs, by their keys.
+        done: The records of all runs by key.
         failed: Number of runs that failed.
     """
 
@@ -114,11 +114,13 @@ class Comparison:
         self.failed = 0
 
     def run(self, task: ComparisonTask, plans: list[Record], seeds: list[int]) -> None:
-        """Run each plan with each seed, seed by seed, so that the methods can be compared before all seeds are done.
+        """Run each plan with each seed.
+
+        All plans are run with one seed before the next, so that methods can be compared before all seeds are done.
 
         Args:
             task: The task.
-            plans: The methods with everything that identifies a run except seed and learning rate.
+            plans: The methods, with everything that identifies a run except for seed and learning rate.
             seeds: The seeds.
         """
         # The learning rate of each plan by its index; None for a plan that cannot be run.
@@ -137,36 +139,38 @@ class Comparison:
                 chosen[index] = None
 
     def choose_learning_rate(self, task: ComparisonTask, plan: Record) -> float | None:
-        """Return the learning rate that scores best with the held-out seed; a score that is NaN is the worst.
+        """Find the learning rate that scores best with the held-out seed.
 
         Returns:
-            The learning rate; None if a run of the search failed.
+            The learning rate; None if a run of the search failed. A score of NaN counts as the worst.
         """
         rates = plan["learning_rates"]
         if len(rates) == 1:
             return rates[0]
         scores = {}
         for rate in rates:
-            # The grid is left out, so that a search over other rates uses the same runs.
+            # The other rates are not part of the key, so that a search over other rates can use the same runs.
             search = {**plan, "learning_rates": [rate], "seed": SEARCH_SEED, "searched": rate, "learning_rate": rate}
             record = self.run_once(task, search, f"learning rate {rate:g}")
             if record is not None:
                 scores[rate] = -math.inf if math.isnan(record["score"]) else record["score"]
         if len(scores) < len(rates):
-            print(f"{task.name}, {label(plan)}: skipped, since its learning rate is not known.", file=sys.stderr)
+            print(
+                f"{task.name}, {label(plan)}: skipped, because the search of its learning rate failed.", file=sys.stderr
+            )
             return None
         return max(scores, key=scores.__getitem__)
 
     def run_once(self, task: ComparisonTask, plan: Record, title: str) -> Record | None:
-        """Do a run, unless it is done, and add its record to the file.
+        """Do a run, unless its record exists, and add its record to the file.
 
         Args:
             task: The task.
             plan: Everything that identifies the run.
-            title: Text in front of the progress bar.
+            title: Start of the text in front of the progress bar.
 
         Returns:
-            The record; None if the run failed, which is printed and counted.
+            The record; None if the run failed. The error is then printed and counted.
 
         Raises:
             NotApplicableError: The method cannot adapt the task's model.
@@ -188,7 +192,7 @@ class Comparison:
 
 
 def write_report(records: list[Record], output: Path) -> None:
-    """Write the tables and figures beside the file of the runs and print the tables."""
+    """Write the tables and figures next to the file of the runs, and print the tables."""
     rows = summarize(records)
     tables = markdown(rows)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +221,7 @@ def main() -> None:
         nargs="+",
         type=float,
         default=[],
-        help="One that all methods share, or several to search; by default each task's own.",
+        help="One value for all methods, or several values to search; by default, each task has its own.",
     )
     parser.add_class_arguments(TaskSettings)
     parser.add_function_arguments(compare, skip={"tasks", "methods", "seeds", "learning_rates", "task_settings"})

@@ -1,4 +1,4 @@
-"""Output of the recipes: numbers with their spread, and fewer messages from libraries."""
+"""Output of the recipes: numbers with their spread, and hiding messages of libraries."""
 
 import logging
 import statistics
@@ -21,7 +21,7 @@ def mean_and_spread(numbers: Sequence[float], digits: int = 1) -> str:
 
 
 def quiet() -> None:
-    """Silence messages about hardware, tips, retries and small data sets; other warnings are still shown."""
+    """Hide messages about hardware, tips, retries and small data sets, but no other warnings."""
     for library in ("lightning.pytorch", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     for remark in (

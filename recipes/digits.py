@@ -1,7 +1,8 @@
-"""Handwritten digits adapted in three ways: a new head alone, LoRA and La-LoRA. Needs no network and no GPU.
+"""Adapt a model to handwritten digits with a new head alone, LoRA and La-LoRA, without network access or a GPU.
 
 The data are scikit-learn's 1,797 digits (8x8 pixels). A small vision transformer is pretrained on the upright digits 0
-to 4. Its frozen backbone is then adapted to all ten digits, rotated by 90 degrees, for which a new head is not enough.
+to 4. Its frozen backbone is then adapted to all ten digits, rotated by 90 degrees. A new head alone is not enough for
+this task.
 
     python -m recipes.digits --help
 """
@@ -64,11 +65,11 @@ def main(
     batch_size: int = 64,
     output: Path = Path("runs/digits"),
 ) -> None:
-    """Adapt a small vision transformer to rotated digits by a new head alone, by LoRA and by La-LoRA.
+    """Adapt a small vision transformer to rotated digits with a new head alone, LoRA and La-LoRA.
 
     Args:
         lalora: Arguments of LaLoraCallback; LoRA uses its rank, alpha, dropout and target_modules.
-        seeds: Number of runs of each method; the table shows mean and standard deviation of several.
+        seeds: Number of runs of each method; with several, the table shows mean and standard deviation.
         steps: Optimizer steps of a run.
         learning_rate: Peak learning rate of AdamW.
         batch_size: Images in a batch.
@@ -150,7 +151,7 @@ def pretrained_backbone() -> dict[str, Tensor]:
 
 
 def pretrain(model: ImageClassificationModule, data: TensorDataset, steps: int) -> dict[str, Tensor]:
-    """Train a whole timm model and return its weights, without the head's."""
+    """Train all parameters of a timm model and return its weights, without the head."""
     trainer = new_trainer(steps, callbacks=[NamedProgressBar("pretraining")], loggers=[])
     trainer.fit(model, DataLoader(data, batch_size=64, shuffle=True))
     return {name: value for name, value in model.state_dict().items() if not name.startswith("model.head.")}

@@ -1,4 +1,4 @@
-"""Adapting a model: which layers are adapted, what else is trained, and how layers are inserted, merged and removed."""
+"""Adapting a model: finding targets and the task head; inserting, inspecting, merging and removing layers."""
 
 from lalora_lightning.adapters.adaptation import add_lora
 from lalora_lightning.adapters.gradients import (

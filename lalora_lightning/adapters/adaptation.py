@@ -32,28 +32,28 @@ def add_lora(
     use_rslora: bool = False,
     freeze_A: bool = False,
 ) -> AdapterSummary:
-    """Wrap every target in a :class:`TruncatedLoRALinear`, freeze the rest and keep the head trainable, in place.
+    """Wrap every target in a :class:`TruncatedLoRALinear`, and freeze the rest of the model except for the head.
 
     Args:
-        model: Any module. A model on the meta device can be adapted, too.
+        model: Any module; it is changed in place. It may be on the meta device.
         rank: Maximum rank of a projection.
         alpha: The adapters are scaled by ``alpha / rank``.
         dropout: Dropout on the adapters' input.
-        target_modules: Names of linear modules (``"query"`` matches every module of that name, ``"layer.3.query"`` a
-            longer part of the name), or a regular expression that matches whole names. A named projection is adapted
-            whole. By default query and value are found by the names that the model families use. In fused projections
-            (``qkv``, ``Wqkv``, ``c_attn``, and ``in_proj`` of ``nn.MultiheadAttention``) only the slices of query and
-            value are adapted by default.
-        modules_to_save: Names of the modules that are trained in full. By default the task head: the modules beside the
-            adapted backbone that hold a linear layer, without parameters that are frozen already and without
-            embeddings. An empty list trains adapters only.
-        device: Device of the adapters; by default that of the weight they adapt.
-        dtype: Data type of the adapters' parameters, also over a base of lower precision.
+        target_modules: Names of linear modules, or a regular expression that matches whole names. ``"query"`` matches
+            every module of this name, and ``"layer.3.query"`` is more specific. These projections are adapted as a
+            whole. By default, query and value projections are found by their usual names. In fused projections
+            (``qkv``, ``Wqkv``, ``c_attn``, and ``in_proj`` of ``nn.MultiheadAttention``), the default only adapts the
+            slices of query and value.
+        modules_to_save: Names of the modules that are trained in full. By default this is the task head: the modules
+            next to the adapted backbone that contain a linear layer, except for embeddings and parameters that are
+            already frozen. With an empty list, only the adapters are trained.
+        device: Device of the adapters; by default that of the adapted weights.
+        dtype: Data type of the adapters' parameters, also if the base model has a lower precision.
         rank_pattern: Maximum ranks for some projections, by a part of their names, such as
-            ``{"layer.3": 2, "query": 4}``; the first that matches counts. The scaling stays ``alpha / rank``. Such
-            ranks are fixed: a rank allocator needs one maximum rank for all.
+            ``{"layer.3": 2, "query": 4}``; the first match is used. The scaling stays ``alpha / rank``. These ranks
+            are fixed, because a rank allocator needs the same maximum rank for all projections.
         init: Initialization of the adapters: "kaiming" or "orthogonal" (A random, B zero), "pissa" (largest singular
-            values), "milora" (smallest), "olora" (QR). In every case the adapted model equals the base model at first.
+            values), "milora" (smallest), "olora" (QR). The adapted model always equals the base model initially.
         use_rslora: Scale by ``alpha / sqrt(rank)`` (rank-stabilized LoRA, arXiv 2312.03732).
         freeze_A: Train ``lora_B`` only (LoRA-FA, arXiv 2308.03303).
 
@@ -61,10 +61,10 @@ def add_lora(
         A summary to print: ``print(add_lora(model))``.
 
     Raises:
-        ValueError: The model is adapted already; nothing was found for ``target_modules`` or ``modules_to_save``; a
-            target shares its weight with another module or lies in one of ``modules_to_save``; rank, alpha, dropout, a
-            rank of the pattern or init is out of range; dropout would have no effect in an ``nn.MultiheadAttention``.
-            The model is unchanged then.
+        ValueError: The model is already adapted; nothing was found for ``target_modules`` or ``modules_to_save``; a
+            target shares its weight with another module or is inside one of ``modules_to_save``; rank, alpha, dropout,
+            a rank of the pattern or init is out of range; or dropout would have no effect in an
+            ``nn.MultiheadAttention``. The model is left unchanged.
         TypeError: A target is not a linear module.
     """
     if lora_layers(model):
@@ -109,7 +109,7 @@ def _require_no_attention(modules: Mapping[str, nn.Module], targets: Iterable[st
         if isinstance(modules.get(parent_name(name)), nn.MultiheadAttention):
             raise ValueError(
                 f"Expected dropout=0 for {name} but got another value: nn.MultiheadAttention reads the weights of its "
-                "projections and never calls them, so that dropout would have no effect."
+                "projections and never calls them, so dropout would have no effect."
             )
 
 
@@ -123,7 +123,7 @@ def _require_floating_point(trained: Mapping[str, nn.Parameter]) -> None:
 
 
 def _match_ranks(rank_pattern: Mapping[str, int], targets: Iterable[str], rank: int) -> dict[str, int]:
-    """Return the targets' own maximum ranks, for those that the pattern matches."""
+    """Return the maximum rank of each target that the pattern matches."""
     if rank_pattern and rank < 1:
         raise ValueError(f"Expected rank to be at least 1 but got {rank}.")
     ranks = {}
@@ -135,7 +135,7 @@ def _match_ranks(rank_pattern: Mapping[str, int], targets: Iterable[str], rank: 
             ranks[name] = rank_pattern[matching[0]]
     if unmatched:
         raise ValueError(
-            "Expected rank_pattern to name parts of the adapted projections' names but "
+            "Expected the keys of rank_pattern to be parts of the names of adapted projections but "
             f"{', '.join(sorted(unmatched))} is in none of {', '.join(targets)}."
         )
     return ranks

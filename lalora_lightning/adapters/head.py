@@ -1,4 +1,4 @@
-"""What else is trained: finding the task head, which is trained in full beside the adapters."""
+"""Finding the task head, which is trained in full along with the adapters."""
 
 from collections.abc import Iterable, Mapping
 
@@ -11,7 +11,7 @@ from lalora_lightning.names import common_prefix, parent_name
 __all__ = ["LANGUAGE_MODEL_HEADS", "find_head", "head_parameters", "named_head_parameters"]
 
 LANGUAGE_MODEL_HEADS = ("lm_head", "embed_out", "output_projection")
-"""Names of output layers that are pretrained with a language model and therefore are not a task head."""
+"""Names of output layers that are pretrained with a language model and are therefore not a task head."""
 
 
 def find_head(model: nn.Module, targets: Iterable[str]) -> set[str]:
@@ -19,7 +19,7 @@ def find_head(model: nn.Module, targets: Iterable[str]) -> set[str]:
 
     Args:
         model: The model, adapted or not.
-        targets: Names of the adapted modules, which the head stands beside.
+        targets: Names of the adapted modules.
     """
     try:
         return set(head_parameters(named_modules(model), targets))
@@ -30,7 +30,7 @@ def find_head(model: nn.Module, targets: Iterable[str]) -> set[str]:
 def head_parameters(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained in full by default: those of the task head.
 
-    Parameters that are frozen already or belong to an embedding are left out.
+    Parameters that are already frozen or belong to an embedding are left out.
 
     Raises:
         ValueError: No head was found.
@@ -48,10 +48,10 @@ def head_parameters(modules: Mapping[str, nn.Module], targets: Iterable[str]) ->
 def named_head_parameters(
     modules: Mapping[str, nn.Module], head: Iterable[str], targets: Iterable[str]
 ) -> dict[str, nn.Parameter]:
-    """Return the parameters of the modules that the user names to be trained in full.
+    """Return the parameters of the modules that ``modules_to_save`` names.
 
     Raises:
-        ValueError: A target lies in one of them.
+        ValueError: A target is inside one of these modules.
     """
     head = list(head)
     for target in targets:
@@ -65,10 +65,11 @@ def named_head_parameters(
 
 
 def _find_head_modules(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> list[str]:
-    """Find the modules beside the adapted backbone that hold a linear layer.
+    """Find the modules next to the adapted backbone that contain a linear layer.
 
-    The search goes down from the root, along the modules that hold all targets, to the first one with such a part.
-    Parts that are frozen already, such as a teacher, are skipped; if there are no others, nothing is trained in full.
+    The search starts at the root and descends through the modules that contain all targets. It stops at the first one
+    with a trainable child that has a linear layer but no target. Frozen children, such as a teacher, are skipped. If
+    all of them are frozen, nothing is trained in full.
     """
     any_frozen = False
     paths = [name.split(".") for name in targets]
@@ -87,7 +88,7 @@ def _find_head_modules(modules: Mapping[str, nn.Module], targets: Iterable[str])
     if any_frozen:
         return []
     raise ValueError(
-        "Expected to find a task head beside the adapted layers but found none (a head that holds a target does not "
-        "count); name the modules to train in full with modules_to_save, or give an empty list to train adapters "
-        f"only. {linear_layers_seen(modules)}"
+        "Expected to find a task head next to the adapted layers but found none (a head that contains a target does "
+        "not count); name the modules to train in full with modules_to_save, or pass an empty list to train only the "
+        f"adapters. {linear_layers_seen(modules)}"
     )

@@ -11,7 +11,7 @@ __all__ = ["insert_layers", "remove_layers"]
 
 
 def insert_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear], trained: Iterable[nn.Parameter]) -> None:
-    """Replace base layers by the layers that wrap them, and freeze everything else.
+    """Replace base layers with the layers that wrap them, and freeze everything else.
 
     Args:
         model: The model, changed in place.
@@ -30,7 +30,7 @@ def insert_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear], t
 
 
 def remove_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear]) -> None:
-    """Put the base layers back in place of the layers; what the adapters learned is lost."""
+    """Replace the layers with their base layers, without the adapters."""
     for name, layer in layers.items():
         _replace(model, name, layer.base_layer)
 

@@ -1,4 +1,4 @@
-"""What a model has: its LoRA layers, its modules by the names of the state dict, counts of parameters."""
+"""Inspecting a model: its LoRA layers, its modules by their names in the state dict, and parameter counts."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -23,14 +23,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What was inserted into a model and what is trained; ``str`` returns it as one line.
+    """Counts of the adapters and the trainable parameters of a model; ``str`` returns them as one line.
 
     Attributes:
         layers: Number of layers, the groups of projections that share a rank.
-        projections: Number of adapted weight matrices; a fused projection counts once for each adapted slice.
-        adapter_parameters: Trainable entries of ``lora_A`` and ``lora_B``, at the maximum rank.
-        head_parameters: Other trainable entries.
-        total_parameters: All entries of the model.
+        projections: Number of adapted weight matrices; each adapted slice of a fused projection counts as one.
+        adapter_parameters: Trainable parameters in ``lora_A`` and ``lora_B``, at the maximum rank.
+        head_parameters: Other trainable parameters.
+        total_parameters: All parameters of the model.
         head: Names of the modules trained in full.
     """
 
@@ -59,7 +59,7 @@ class AdapterSummary:
 def lora_layers(model: nn.Module) -> dict[str, TruncatedLoRALinear]:
     """Return the model's LoRA layers by name, in the order of ``model.named_modules()``.
 
-    Names are those of the state dict, which do not show activation checkpointing (``checkpoint_wrapper``).
+    The names are those of the state dict, without the wrappers of activation checkpointing (``checkpoint_wrapper``).
     """
     return {state_name(n): module for n, module in model.named_modules() if isinstance(module, TruncatedLoRALinear)}
 
@@ -77,7 +77,7 @@ def require_lora_layers(model: nn.Module) -> dict[str, TruncatedLoRALinear]:
 
 
 def require_unmerged(layers: Mapping[str, TruncatedLoRALinear]) -> None:
-    """Check that no layer is merged, since training does not reach a merged adapter.
+    """Check that no layer is merged, because merged adapters are not trained.
 
     Raises:
         RuntimeError: A layer is merged.
@@ -85,19 +85,19 @@ def require_unmerged(layers: Mapping[str, TruncatedLoRALinear]) -> None:
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise RuntimeError(
-            f"Expected unmerged adapters but {merged[0]} is merged, so that training would not reach it; call "
+            f"Expected unmerged adapters but {merged[0]} is merged, so it would not be trained; call "
             "unmerge_lora(model) first."
         )
 
 
 def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield ``model.named_parameters()`` by the names of the state dict."""
+    """Yield ``model.named_parameters()`` with the names of the state dict."""
     for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
         yield state_name(name), parameter
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return ``model.named_modules()`` by the names of the state dict, with the projections of torch's attentions."""
+    """Return ``model.named_modules()`` by state dict name, and the fused projections of ``nn.MultiheadAttention``."""
     modules: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         name = state_name(name)
@@ -109,7 +109,7 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def linear_layers_seen(modules: Mapping[str, nn.Module]) -> str:
-    """List the linear layers among the modules, for an error message; names that differ in an index are folded."""
+    """List the linear layers for an error message; names that only differ in an index are combined."""
     kinds: dict[str, list[str]] = {}
     for name, module in modules.items():
         if is_linear(module):
@@ -119,7 +119,7 @@ def linear_layers_seen(modules: Mapping[str, nn.Module]) -> str:
 
 
 def summarize(model: nn.Module, group_by: GroupBy = "block") -> AdapterSummary:
-    """Count what an adapted model trains.
+    """Count the adapters and the trainable parameters of an adapted model.
 
     Raises:
         ValueError: The model has no LoRA layers.

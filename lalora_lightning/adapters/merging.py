@@ -1,4 +1,4 @@
-"""Merging adapters into the base weights, undoing it, and trimming adapters to their ranks, for a whole model."""
+"""Merging, unmerging and trimming all adapters of a model."""
 
 from torch import nn
 
@@ -9,15 +9,15 @@ __all__ = ["merge_lora", "trim_lora", "unmerge_lora"]
 
 
 def merge_lora(model: nn.Module, remove: bool = False) -> None:
-    """Add every adapter to its base weight, all or none; see :meth:`TruncatedLoRALinear.merge`.
+    """Add every adapter to its base weight; see :meth:`TruncatedLoRALinear.merge`.
 
-    A merged model needs more memory: each layer keeps a copy of its original base weight, so that
-    :func:`unmerge_lora` can restore it. With ``remove=True`` no copies are kept.
+    A merged model needs more memory, because each layer keeps a copy of its original base weight for
+    :func:`unmerge_lora`. With ``remove=True`` no copies are kept. If a layer cannot be merged, none are.
 
     Args:
         model: The adapted model.
-        remove: Also put the plain linear modules back, for good: the model then saves and loads as if it had never
-            been adapted. Their weights stay frozen.
+        remove: Also replace the LoRA layers with plain linear modules, permanently. The model can then be saved and
+            loaded as if it had never been adapted. The merged weights stay frozen.
 
     Raises:
         ValueError: The model has no LoRA layers, or a merged weight would not be finite.
@@ -27,7 +27,7 @@ def merge_lora(model: nn.Module, remove: bool = False) -> None:
     layers = require_lora_layers(model)
     if remove and "" in layers:
         raise ValueError(
-            "Expected a model with LoRA layers in it but it is one itself; merge it and take its base_layer."
+            "Expected a model that contains LoRA layers but it is one itself; merge it and use its base_layer."
         )
     merged = []
     try:

@@ -1,4 +1,4 @@
-"""AdapterSettings: what a model is adapted with."""
+"""AdapterSettings: the settings of the adapters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ __all__ = ["AdapterSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings:
-    """The arguments of :func:`lalora_lightning.add_lora` that describe a method, checked as far as no model is needed.
+    """Arguments of :func:`lalora_lightning.add_lora` that describe a method.
 
-    ``add_lora(model, **vars(settings))`` adapts a model with them.
+    Values are checked as far as this does not need a model. ``add_lora(model, **vars(settings))`` adapts a model.
 
     Attributes:
         rank: Maximum rank of a projection.

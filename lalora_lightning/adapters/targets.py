@@ -1,4 +1,4 @@
-"""Which layers are adapted: finding query and value projections, or the layers that ``target_modules`` names."""
+"""Finding the layers to adapt: query and value projections, or the layers that ``target_modules`` names."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from lalora_lightning.names import parent_name
 __all__ = ["FUSED_NAMES", "QUERY_VALUE_NAMES", "Targets", "find_targets", "match_modules", "require_untied_weights"]
 
 Targets = dict[str, list[tuple[int, int]] | None]
-"""Names of linear modules, with the slices of their outputs that are adapted; None: the whole output."""
+"""Names of linear modules, with the adapted slices of their outputs; None for the whole output."""
 
 QUERY_VALUE_NAMES = (
     ("query", "value"),  # RoBERTa, BERT, ALBERT, ELECTRA
@@ -21,10 +21,10 @@ QUERY_VALUE_NAMES = (
     ("query_proj", "value_proj"),  # DeBERTa-v2 and v3
     ("q_lin", "v_lin"),  # DistilBERT
 )
-"""What the model families call their query and value projections."""
+"""Names of query and value projections in common model families."""
 
 FUSED_NAMES = ("qkv", "Wqkv", "c_attn")
-"""Names of query, key and value in one weight, in this order: timm's ViTs; ModernBERT; GPT-2."""
+"""Names of fused query, key and value projections, in this order: timm's ViTs, ModernBERT, GPT-2."""
 
 
 def find_targets(modules: Mapping[str, nn.Module], target_modules: Sequence[str] | str | None = None) -> Targets:
@@ -33,6 +33,9 @@ def find_targets(modules: Mapping[str, nn.Module], target_modules: Sequence[str]
     Args:
         modules: All modules of the model by name, see :func:`lalora_lightning.adapters.named_modules`.
         target_modules: As in :func:`add_lora`; by default query and value.
+
+    Returns:
+        The names of the modules, with the slices to adapt.
 
     Raises:
         ValueError: Nothing was found.
@@ -54,7 +57,7 @@ def find_targets(modules: Mapping[str, nn.Module], target_modules: Sequence[str]
 
 
 def match_modules(argument: str, modules: Mapping[str, nn.Module], wanted: Sequence[str] | str) -> list[str]:
-    """Return the names that a regular expression matches whole, or that end in one of the given names.
+    """Return the module names that match a regular expression in full, or that end in one of the given names.
 
     Args:
         argument: Name of the argument that ``wanted`` was given as, for the error message.
@@ -82,7 +85,7 @@ def require_untied_weights(model: nn.Module, targets: Iterable[str]) -> None:
     """Check that no target shares its weight with another module.
 
     Raises:
-        ValueError: A target does.
+        ValueError: A target shares its weight.
     """
     owners: dict[int, list[str]] = {}
     for name, parameter in named_parameters(model, remove_duplicate=False):
@@ -114,6 +117,6 @@ def _query_and_value(modules: Mapping[str, nn.Module]) -> Targets:
 
 
 def _interleaves_heads(attention: nn.Module) -> bool:
-    """Return whether a fused projection holds query, key and value head by head: it is then adapted whole."""
+    """Return whether a fused projection interleaves query, key and value head by head."""
     # timm's MaxViT and CoAtNet; GPTBigCode with multi_query=False. With True, its projection has other proportions.
     return getattr(attention, "head_first", False) or hasattr(attention, "multi_query")

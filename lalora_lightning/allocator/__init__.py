@@ -1,4 +1,4 @@
-"""Deciding the rank of every layer, in any training loop."""
+"""Rank allocation, for any training loop."""
 
 from lalora_lightning.allocator.allocator import RankAllocator
 from lalora_lightning.allocator.settings import AllocationSettings, Contribution, ContributionScale, Growth

@@ -1,4 +1,4 @@
-"""RankAllocator: reads the norms of the rank components, computes ranks and writes them into the layers."""
+"""RankAllocator: computes ranks from the norms of the rank components and writes them into the layers."""
 
 import math
 from typing import Any
@@ -20,14 +20,15 @@ FISHER_DECAY = 0.9
 
 
 class RankAllocator:
-    """Decides after each optimizer step how many ranks every layer of an adapted model may use.
+    """Updates the rank of every layer of an adapted model after each optimizer step.
 
     La-LoRA (Gu et al., Neural Networks 194, 2025, 108095): the Dynamic Contribution-Driven Parameter Budget (Eqs. 5-7)
-    is the number of ranks that the whole model may use now. The Truncated Norm Weighted Dynamic Rank Allocation
-    (Eqs. 8-10) divides it among the layers. The defaults differ from the published equations where those are unstable;
-    ``growth="stored"`` and ``contribution_scale="absolute"`` run the published equations.
+    limits the sum of the ranks of all layers. The Truncated Norm Weighted Dynamic Rank Allocation (Eqs. 8-10) divides
+    it among the layers. The published equations are unstable, so the defaults differ from them. The published form is
+    ``growth="stored"`` with ``contribution_scale="absolute"``.
 
-    :meth:`step` never reads a number from the device, and runs as many operations for 96 layers as for 6.
+    :meth:`step` does not synchronize with the device, and its number of operations does not depend on the number of
+    layers.
 
     ::
 
@@ -39,21 +40,21 @@ class RankAllocator:
             allocator.step()
 
     Args:
-        model: A module with :class:`TruncatedLoRALinear` layers of one maximum rank. Their ranks are set anew: to 1, or
-            to the final budget with ``gradual_budget=False``.
-        gamma: How strongly growth of the values grows the budget (Eq. 5), see
-            :class:`lalora_lightning.allocator.AllocationSettings`, which explains all settings.
-        contribution: ``"norm"`` (Eq. 9) or ``"fisher"``: averaged squared gradients replace the norms. Call
-            :meth:`observe_gradients` before every optimizer step then.
+        model: A module with :class:`TruncatedLoRALinear` layers of one maximum rank. Their ranks are reset: to 1,
+            or to the ranks of the full budget with ``gradual_budget=False``.
+        gamma: How strongly growth of the values increases the budget (Eq. 5). All settings are explained at
+            :class:`lalora_lightning.allocator.AllocationSettings`.
+        contribution: ``"norm"`` (Eq. 9), or ``"fisher"``, which replaces the norms by averaged squared gradients and
+            requires a call of :meth:`observe_gradients` before every optimizer step.
         contribution_scale: ``"relative"`` to the mean of all layers, or ``"absolute"``.
-        temperature: Above 1 the layers' shares are more equal, below 1 less.
-        growth: ``"matched"`` compares values at the same rank, ``"stored"`` with the value under the previous rank.
-        gradual_budget: False gives the whole budget from the first step (Table 10).
-        fidelity: False leaves the fidelities out of the contribution (Table 11).
-        average_rank: The budget ends at ``average_rank * L``; by default at ``max_rank * L``.
+        temperature: Values above 1 make the layers' shares more equal, values below 1 less equal.
+        growth: ``"matched"`` compares values at the same rank, ``"stored"`` with the value at the previous rank.
+        gradual_budget: With False, the whole budget is available from the first step (Table 10).
+        fidelity: With False, contributions do not contain the fidelities (Table 11).
+        average_rank: The maximum of the budget is ``average_rank * L``; by default it is ``max_rank * L``.
         group_by: Which projections share a rank, see :func:`lalora_lightning.names.group_names`.
-        interval: Decide at every ``interval``-th call of :meth:`step`.
-        freeze_after: Number of calls of :meth:`step` after which ranks and budget do not change any more.
+        interval: Update the ranks at every ``interval``-th call of :meth:`step`.
+        freeze_after: Number of calls of :meth:`step` after which ranks and budget stay fixed.
 
     Attributes:
         settings: The arguments as :class:`lalora_lightning.allocator.AllocationSettings`.
@@ -62,13 +63,13 @@ class RankAllocator:
         ranks: ``(L,)`` int64, the current ranks.
         budget: Scalar in [L, average_rank * L].
         steps: Calls of :meth:`step` so far.
-        skipped: Scalar int64, number of steps that changed nothing because a norm was not finite.
-        contributions: ``(L,)`` contributions by which the last decision divided the budget (Eq. 9); NaN before it.
-        growth_rates: ``(L,)`` growth of the values over the step before the last decision (Eq. 6); NaN before it.
+        skipped: Scalar int64, number of steps without an update because a norm was not finite.
+        contributions: ``(L,)`` contributions in the last update (Eq. 9); NaN before the first update.
+        growth_rates: ``(L,)`` growth rates in the last update (Eq. 6); NaN before the first update.
 
     Raises:
-        ValueError: The model has no LoRA layers, layers of different maximum rank, on several devices or with flattened
-            parameters (FSDP of the first generation, DeepSpeed stage 3), or an argument is out of range.
+        ValueError: The model has no LoRA layers, or its LoRA layers have different maximum ranks, several devices or
+            flattened parameters (FSDP1, DeepSpeed stage 3), or an argument is out of range.
         RuntimeError: A layer is merged.
     """
 
@@ -110,7 +111,7 @@ class RankAllocator:
         self.max_budget = float(len(groups) * (self.max_rank if average_rank is None else average_rank))
         self.steps = 0
 
-        # In the order of the layers that the projections belong to.
+        # Sorted by layer, like `layer_names`.
         self._projections = [layers[name] for names in groups.values() for name in names]
         self._norms = ComponentNorms(groups, layers)
         device = self._projections[0].lora_A.device
@@ -133,9 +134,10 @@ class RankAllocator:
 
     @torch.no_grad()
     def observe_gradients(self) -> None:
-        """Add the gradients to the Fisher average; call it after unscaling and before clipping and the optimizer step.
+        """Add the current gradients to the Fisher average, if ``contribution="fisher"``.
 
-        Gradients that are not finite are skipped. Does nothing unless ``contribution="fisher"``.
+        Call this after unscaling the gradients, and before clipping them and the optimizer step. Gradients that are not
+        finite are skipped.
         """
         if self._fisher is None:
             return
@@ -147,15 +149,15 @@ class RankAllocator:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Decide the ranks of the next step from the weights after this one; call it after every optimizer step.
+        """Update the ranks from the current weights; call this after every optimizer step.
 
         Raises:
             RuntimeError: ``contribution="fisher"`` and :meth:`observe_gradients` was never called.
         """
         if self._fisher is not None and not self._observed:
             raise RuntimeError(
-                'Expected observe_gradients() to be called before the optimizer step, since contribution="fisher" '
-                "needs gradients, but it was not."
+                'Expected observe_gradients() to be called before the optimizer step with contribution="fisher" '
+                "but it was not."
             )
         self.steps += 1
         if self.frozen or self.steps % self.settings.interval:
@@ -173,7 +175,7 @@ class RankAllocator:
         if self.settings.growth == "matched":
             value = functional.values(functional.truncated_norms(norms, ranks), ranks)
 
-        # The norms at full rank include every component, and no norm is negative: their sum shows every NaN and Inf.
+        # The norms at full rank include every component and are not negative, so any NaN or Inf shows in their sum.
         finite = norms[..., -1].sum() < math.inf
         self.ranks = torch.where(finite, ranks, self.ranks)
         self.budget = torch.where(finite, budget, self.budget)
@@ -182,16 +184,16 @@ class RankAllocator:
         self._write()
 
     def drives(self, model: nn.Module) -> bool:
-        """Return whether the model's LoRA layers are those that this allocator decides about."""
+        """Return whether the model's LoRA layers are exactly those of this allocator."""
         return set(lora_layers(model).values()) == set(self._projections)
 
     @property
     def frozen(self) -> bool:
-        """Whether the ranks do not change any more."""
+        """Whether the ranks stay fixed from now on."""
         return self.settings.freeze_after is not None and self.steps > self.settings.freeze_after
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs, as tensors and plain types."""
+        """Return everything that a run needs to resume, as tensors and plain types."""
         return {
             "layer_names": list(self.layer_names),
             "max_rank": self.max_rank,
@@ -208,7 +210,7 @@ class RankAllocator:
 
         Raises:
             ValueError: The state has other layers, another maximum rank or another contribution; the message lists
-                everything that differs, and nothing has changed.
+                everything that differs. The allocator is left unchanged.
         """
         require_matching_allocator_state(state, self.state_dict(), self.settings.contribution)
         device = self._projections[0].lora_A.device
@@ -236,7 +238,7 @@ class RankAllocator:
         return contribution
 
     def _bind(self) -> None:
-        """Make the layers' buffers views of two tensors, so that one operation writes the ranks of all layers."""
+        """Make the layers' buffers views of two tensors, so that one operation can write the ranks of all layers."""
         device = self._projections[0].lora_A.device
         self._all_ranks = torch.empty(len(self._projections), dtype=torch.long, device=device)
         self._all_masks = torch.empty(len(self._projections), self.max_rank, dtype=torch.bool, device=device)
@@ -252,7 +254,7 @@ class RankAllocator:
         ):
             return
         if any(layer.max_rank != self.max_rank for layer in self._projections):
-            raise RuntimeError("Expected the model to be as it was but it was trimmed; its ranks are final.")
+            raise RuntimeError("Expected a model that was not trimmed but it was trimmed; its ranks are final.")
         device = self._projections[0].lora_A.device
         for name, value in vars(self).items():
             if isinstance(value, Tensor):

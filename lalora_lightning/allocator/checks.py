@@ -1,4 +1,4 @@
-"""What a model and a saved state have to be like for a rank allocator."""
+"""Checks of the model and of a saved state for a rank allocator."""
 
 import math
 from collections.abc import Mapping
@@ -16,31 +16,31 @@ def require_allocatable_layers(layers: Mapping[str, TruncatedLoRALinear], averag
 
     Args:
         layers: LoRA layers by name.
-        average_rank: The setting, which the maximum rank bounds.
+        average_rank: The setting, which is at most the maximum rank.
 
     Raises:
-        ValueError: The layers have different maximum ranks, flattened parameters or several devices, or average_rank
-            is out of range.
+        ValueError: The layers have different maximum ranks, flattened parameters or several devices, or
+            ``average_rank`` is out of range.
     """
     max_ranks = {layer.max_rank for layer in layers.values()}
     if len(max_ranks) > 1:
         raise ValueError(
-            f"Expected all layers to have one maximum rank but got {sorted(max_ranks)}; ranks of a trimmed model, or "
-            "of a rank_pattern, are final: train it without an allocator, or in the callback with fixed_ranks=True."
+            f"Expected all layers to have one maximum rank but got {sorted(max_ranks)}; a model that was trimmed, or "
+            "adapted with a rank_pattern, has to be trained without an allocator (fixed_ranks=True in the callback)."
         )
     max_rank = max_ranks.pop()
     for name, layer in layers.items():
         if layer.lora_A.ndim != 2 or layer.lora_B.ndim != 2:
             raise ValueError(
                 "Expected adapters to be whole on every process, or sharded by fully_shard (FSDP2, "
-                f"ModelParallelStrategy), but {name}.lora_A has the shape {tuple(layer.lora_A.shape)}: FSDP of the "
-                "first generation and DeepSpeed stage 3 flatten parameters."
+                f"ModelParallelStrategy), but {name}.lora_A has the shape {tuple(layer.lora_A.shape)}; FSDP1 and "
+                "DeepSpeed stage 3 flatten parameters and are not supported."
             )
     devices = sorted({str(layer.lora_A.device) for layer in layers.values()})
     if len(devices) > 1:
         raise ValueError(
             f"Expected all adapters to be on one device but they are on {', '.join(devices)}; load the model "
-            "without device_map, onto one."
+            "without device_map, onto one device."
         )
     if average_rank is not None and not 1 <= average_rank <= max_rank:
         raise ValueError(f"Expected average_rank to be in [1, {max_rank}] but got {average_rank}.")
@@ -56,7 +56,7 @@ def require_matching_allocator_state(state: Any, own: Mapping[str, Any], contrib
         contribution: The allocator's setting.
 
     Raises:
-        ValueError: It does not; the message lists everything that differs.
+        ValueError: The state does not fit; the message lists everything that differs.
     """
     problems = _structural_problems(state, own, contribution)
     if not problems:
@@ -73,7 +73,7 @@ _TENSORS = ("ranks", "budget", "value", "skipped", "fisher")
 
 
 def _structural_problems(state: Any, own: Mapping[str, Any], contribution: str) -> list[str]:
-    """Compare keys, layers, maximum rank and kind of contribution."""
+    """Return the problems with keys, layers, maximum rank and kind of contribution."""
     if not isinstance(state, Mapping):
         return [f"expected a dict but got {type(state).__name__}"]
     missing = sorted(own.keys() - state.keys())
@@ -92,7 +92,7 @@ def _structural_problems(state: Any, own: Mapping[str, Any], contribution: str) 
             problems.append(f"the state has unknown layers {', '.join(unknown)}")
         if not absent and not unknown:
             problems.append("the state has the layers in another order")
-    # The type first: comparing a tensor returns a tensor, which may be neither true nor false.
+    # The type is checked first, because comparing with a tensor returns a tensor instead of a bool.
     if type(state["max_rank"]) is not int or state["max_rank"] != own["max_rank"]:
         problems.append(f"expected max_rank {own['max_rank']} but got {state['max_rank']!r}")
     if (state["fisher"] is None) != (own["fisher"] is None):
@@ -101,7 +101,7 @@ def _structural_problems(state: Any, own: Mapping[str, Any], contribution: str) 
 
 
 def _tensor_problems(key: str, given: Any, own: Tensor | None) -> list[str]:
-    """Compare the kind and the shape of a tensor."""
+    """Return the problems with the type and the shape of a tensor."""
     if own is None:
         return []
     if not isinstance(given, Tensor) or given.is_complex() or given.is_floating_point() != own.is_floating_point():
@@ -113,7 +113,7 @@ def _tensor_problems(key: str, given: Any, own: Tensor | None) -> list[str]:
 
 
 def _value_problems(state: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """Compare ranks, budget and averages with their ranges."""
+    """Return the values of ranks, budget and averages that are out of range."""
     problems = []
     layers, max_rank = len(own["layer_names"]), own["max_rank"]
     if not (state["ranks"].min() >= 1 and state["ranks"].max() <= max_rank):

@@ -1,4 +1,4 @@
-"""ComponentNorms: reads the norms of all rank components of a model, in as few operations as there are shapes."""
+"""ComponentNorms: computes the norms of all rank components of a model, shape by shape."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -13,22 +13,22 @@ __all__ = ["ComponentNorms"]
 
 
 class ComponentNorms:
-    """Reads the squared norms of all rank components as one tensor ``(2, L, K, r)``.
+    """Computes the squared norms of all rank components as one tensor ``(2, L, K, r)``.
 
     L layers have at most K adapted matrices each, with r components; index 0 of the first dimension is ``lora_A``,
-    index 1 is ``lora_B``. Layers with fewer matrices are padded with zeros. Factors of one shape are stacked and read
-    together, so that the number of operations does not depend on the number of layers.
+    index 1 is ``lora_B``. Layers with fewer matrices are padded with zeros. Factors of one shape are stacked,
+    so the number of operations depends on the number of shapes, not on the number of layers.
 
     Args:
         groups: Names of the projections of each layer, by the name of the layer.
-        layers: The projections by name; all of one maximum rank.
+        layers: The projections by name. All have the same maximum rank.
 
     Attributes:
         matrices: ``(L,)`` number of matrices in each layer.
     """
 
     def __init__(self, groups: Mapping[str, Sequence[str]], layers: Mapping[str, TruncatedLoRALinear]) -> None:
-        # In the order of the layers that the projections belong to.
+        # Sorted by layer.
         self._projections = [layers[name] for names in groups.values() for name in names]
         self._matrices_of_shape: dict[tuple[int, torch.Size], list[int]] = {}
         most = max(sum(len(layers[name].out_slices) for name in names) for names in groups.values())
@@ -42,7 +42,7 @@ class ComponentNorms:
                     self._matrices_of_shape.setdefault((side, pair[side].shape), []).append(matrix)
                     rows[side, i, k] = 2 * matrix + side
                 matrix += 1
-        # Norms are read shape by shape; -1 picks the last row, which is the padding.
+        # Norms are computed shape by shape. The index -1 selects the last row, which is the padding.
         order = [2 * m + side for (side, _), members in self._matrices_of_shape.items() for m in members]
         position = torch.empty(2 * matrix + 1, dtype=torch.long)
         position[torch.tensor([*order, 2 * matrix])] = torch.arange(2 * matrix + 1)
@@ -62,7 +62,7 @@ class ComponentNorms:
         return self._squares(lambda layer: (layer.lora_A, layer.lora_B))
 
     def of_gradients(self) -> Tensor:
-        """Return the squared norms of their gradients, ``(2, L, K, r)``; zero where there is no gradient."""
+        """Return the squared norms of the components' gradients, ``(2, L, K, r)``; zero without a gradient."""
         return self._squares(
             lambda layer: (
                 torch.zeros_like(layer.lora_A) if layer.lora_A.grad is None else layer.lora_A.grad,

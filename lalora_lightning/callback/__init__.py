@@ -1,4 +1,4 @@
-"""LaLoraCallback and what it needs to know of Lightning."""
+"""LaLoraCallback, and the code that depends on details of Lightning."""
 
 from lalora_lightning.callback.callback import LaLoraCallback
 

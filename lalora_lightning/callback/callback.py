@@ -1,4 +1,4 @@
-"""LaLoraCallback: says when the rank allocator acts, logs its ranks and keeps its state in checkpoints."""
+"""LaLoraCallback: runs the rank allocator during training, logs the ranks and saves its state in checkpoints."""
 
 import dataclasses
 import time
@@ -52,20 +52,20 @@ __all__ = ["LaLoraCallback"]
 class LaLoraCallback(AdapterCheckpoints):
     """Layer-wise adaptive low-rank fine-tuning of any LightningModule: ``Trainer(callbacks=[LaLoraCallback()])``.
 
-    La-LoRA (Gu et al., Neural Networks 194, 2025, 108095). At ``setup`` the query and value projections get low-rank
-    adapters, the backbone is frozen and the task head stays trainable, unless the module was adapted with
-    :func:`lalora_lightning.add_lora` before. After every optimizer step, not after every batch, a
-    :class:`RankAllocator` decides the rank of every layer.
+    La-LoRA (Gu et al., Neural Networks 194, 2025, 108095). At ``setup``, the callback adds low-rank adapters to the
+    query and value projections, freezes the backbone and keeps the task head trainable. A module that is already
+    adapted with :func:`lalora_lightning.add_lora` is not changed. After every optimizer step, a :class:`RankAllocator`
+    updates the rank of every layer.
 
-    At the Trainer's logging steps ``rank/<layer>``, ``rank/total`` and ``rank/budget`` are logged to all its loggers,
-    and the total to the progress bar. Only then are numbers read from the device. The settings are logged as
-    hyperparameters ``lalora/...``, and after fit ``fit/seconds`` and ``fit/peak_memory_mib``. TensorBoard loggers also
-    get charts of all layers at once (custom scalars) and a figure of the trajectories. A table of the ranks is printed
-    after fit, unless the Trainer has ``enable_model_summary=False``.
+    At the Trainer's logging steps, ``rank/<layer>``, ``rank/total`` and ``rank/budget`` are logged to all its loggers,
+    and the total rank to the progress bar. Values are copied from the device at these steps only. The settings are
+    logged as hyperparameters ``lalora/...``. After training, ``fit/seconds`` and ``fit/peak_memory_mib`` are logged,
+    and a table of the ranks is printed unless the Trainer has ``enable_model_summary=False``. TensorBoard loggers also
+    get charts of all layers (custom scalars) and a figure of the trajectories.
 
-    A LightningModule that builds its model in ``setup`` or ``configure_model`` has to call ``add_lora`` itself, there.
-    With manual optimization the allocator acts once for each batch that stepped an optimizer. Callbacks that average
-    weights have to come after this one and need ``use_buffers=False``, since ranks have no average.
+    A LightningModule that builds its model in ``setup`` or ``configure_model`` has to call ``add_lora`` in that method.
+    With manual optimization, the ranks are updated once for each batch in which an optimizer stepped. Callbacks that
+    average weights have to come after this one and need ``use_buffers=False``, because ranks cannot be averaged.
 
     Args:
         rank: Maximum rank of a projection.
@@ -74,34 +74,37 @@ class LaLoraCallback(AdapterCheckpoints):
         target_modules: Names or a regular expression, see :func:`lalora_lightning.add_lora`; by default query and
             value.
         modules_to_save: Names of the modules trained in full; by default the task head.
-        gamma: How strongly growth of the adapters grows the budget. With 8 the budget is full when they have grown by
-            ``rank ** (1 / 8)``. The arguments from here to ``freeze_after`` are explained at :class:`RankAllocator`.
-        contribution: What a layer's share follows: "norm", or "fisher" (averaged squared gradients).
-        contribution_scale: "relative", or "absolute" as in the published equations, where one layer takes everything.
-        temperature: Above 1 makes the layers' shares more equal, below 1 less.
+        gamma: How strongly growth of the adapters increases the budget. With 8 the budget is full when they have grown
+            by a factor of ``rank ** (1 / 8)``. :class:`lalora_lightning.allocator.AllocationSettings` explains the
+            arguments from here to ``freeze_after``.
+        contribution: Measure of a layer's contribution: "norm", or "fisher" (averaged squared gradients).
+        contribution_scale: "relative", or "absolute" as in the published equations, where one layer tends to take the
+            whole budget.
+        temperature: Values above 1 make the layers' shares more equal, values below 1 less equal.
         growth: "matched", or "stored" as in the published equations, where the budget can oscillate.
-        gradual_budget: False gives the whole budget from the first step.
-        fidelity: False leaves out the share of the norm that truncation keeps.
-        average_rank: The budget ends at this many ranks per layer; by default at the maximum rank.
-        group_by: Projections that share a rank: "block", "parent" (an attention), "module", or a function from a
-            projection's name to its layer's name.
-        interval: Optimizer steps between decisions.
-        freeze_after: Optimizer steps (an integer) or a fraction of the run (a float in [0, 1]) after which the ranks
-            do not change any more.
+        gradual_budget: With False, the whole budget is available from the first step.
+        fidelity: With False, contributions do not contain the fidelities.
+        average_rank: The maximum of the budget, in ranks per layer; by default the maximum rank.
+        group_by: Projections that share a rank: "block", "parent" (an attention module), "module", or a function from
+            the name of a projection to the name of its layer.
+        interval: Optimizer steps between rank updates.
+        freeze_after: Number of optimizer steps (an integer) or fraction of the run (a float in [0, 1]) after which the
+            ranks stay fixed.
         save_adapter_only: Keep the frozen backbone out of the Trainer's checkpoints. Checkpoints of a model with 4-bit
-            layers never hold it.
-        log_sparsity: Also log ``sparsity/<layer>`` (Eq. 1), which multiplies out every increment at every logging step.
+            layers never contain it.
+        log_sparsity: Also log ``sparsity/<layer>`` (Eq. 1). This computes the increment of every weight at each logging
+            step.
         init: Initialization of the adapters, see :func:`lalora_lightning.add_lora`.
         use_rslora: Scale by ``alpha / sqrt(rank)``.
         freeze_A: Train ``lora_B`` only (LoRA-FA).
-        fixed_ranks: True trains every layer at the maximum rank (LoRA). A pattern such as ``{"layer.3": 2}`` trains at
-            these ranks, see ``rank_pattern`` of :func:`lalora_lightning.add_lora`. Ranks are then neither decided nor
+        fixed_ranks: True trains every layer at the maximum rank (LoRA). A dict such as ``{"layer.3": 2}`` sets other
+            fixed ranks, see ``rank_pattern`` of :func:`lalora_lightning.add_lora`. Fixed ranks are neither updated nor
             logged.
 
     Attributes:
-        adapter_settings: The arguments that :func:`lalora_lightning.add_lora` gets.
-        allocation_settings: The arguments that the :class:`RankAllocator` gets.
-        allocator: The :class:`RankAllocator`, from the start of fit on.
+        adapter_settings: The arguments for :func:`lalora_lightning.add_lora`.
+        allocation_settings: The arguments for the :class:`RankAllocator`.
+        allocator: The :class:`RankAllocator`; None before fit, or with fixed ranks.
         history: ``(step, ranks, budget)`` at each logging step.
 
     Raises:
@@ -169,14 +172,14 @@ class LaLoraCallback(AdapterCheckpoints):
         self.allocator: RankAllocator | None = None
         self.history: list[Reading] = []
         self._module: pl.LightningModule | None = None
-        # Whether the module was adapted here, with our settings.
+        # Whether this callback adapted the module, so that its settings apply.
         self._adapted_here = False
         self._started = 0.0
-        # The Trainer's step that was acted on last; None before a run.
+        # The last step of the Trainer after which ranks were updated; None before a run.
         self._last_step: int | None = None
-        # Steps with weights that were not finite, as far as they have been reported.
+        # Number of steps with NaN or Inf that have already been reported.
         self._skipped = 0
-        # What was loaded before fit has built the allocator.
+        # The state that was loaded before the allocator was built.
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Tensor] | None = None
         # In the first steps of a run: whether gradients reach the adapters.
@@ -186,13 +189,13 @@ class LaLoraCallback(AdapterCheckpoints):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Insert the layers, early enough for the optimizer and for weights that are restored."""
+        """Insert the adapters, before optimizers are built and weights are restored."""
         if self._module is not None and self._module is not pl_module:
             self._forget()
         if self._module is not pl_module and isinstance(self.fixed_ranks, Mapping) and lora_layers(pl_module):
             raise ValueError(
-                "Expected a module without LoRA layers, to adapt at the ranks of fixed_ranks, but it has some; give "
-                "the pattern to add_lora as rank_pattern, and fixed_ranks=True."
+                "Expected a module without LoRA layers for the ranks in fixed_ranks but it has some; pass the ranks to "
+                "add_lora as rank_pattern, and set fixed_ranks=True."
             )
         self._module = pl_module
         if not lora_layers(pl_module) and not self._is_built_later(pl_module):
@@ -208,13 +211,13 @@ class LaLoraCallback(AdapterCheckpoints):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check the adapters, build the allocator, and restore a checkpoint's state and random state."""
+        """Check the adapters, build the allocator, and restore the callback's state and torch's random state."""
         layers = lora_layers(pl_module)
         if not layers:
             raise RuntimeError(
                 "Expected the LightningModule to have LoRA layers when fit starts but it has none. A module that "
                 "builds its model in setup() or configure_model() has to call add_lora(self) at the end of it, with "
-                f"target_modules where the usual names do not fit. {linear_layers_seen(named_modules(pl_module))}"
+                f"target_modules if the projections have unusual names. {linear_layers_seen(named_modules(pl_module))}"
             )
         require_unmerged(layers)
         require_trainable(pl_module)
@@ -229,24 +232,24 @@ class LaLoraCallback(AdapterCheckpoints):
         elif self.allocator is None:
             if trainer.ckpt_path is None and self._restored is None and any(map(_was_trained, layers.values())):
                 rank_zero_warn(
-                    "La-LoRA: the adapters have been trained already, and their ranks start anew; resume with "
+                    "La-LoRA: the adapters have been trained already, and their ranks are reset; resume with "
                     "fit(ckpt_path=...) to continue with the ranks of a run, or keep them with fixed_ranks."
                 )
             self.allocator = self._build_allocator(trainer, pl_module)
         if self._restored is not None:
             self._restore(self._restored)
         if trainer.ckpt_path is None:
-            # If anything was restored, it was for a test.
+            # A state that was restored belongs to a call of trainer.test.
             self._last_step = self._random = None
         if self._random is not None and trainer.world_size == 1:
-            # This is the last hook before Lightning draws the order of the first epoch's rows. With several processes
-            # all would get the state of the first one.
+            # This is the last hook before Lightning shuffles the rows of the first epoch. With several processes, all
+            # of them would get the state of the first one.
             set_random_state(self._random)
         self._random = None
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Catch up on a step that was saved before this callback's turn, and take the first reading."""
+        """Make up for a missed rank update, and record the initial ranks."""
         # Hooks of on_fit_start may have frozen them since.
         require_trainable(pl_module)
         if optimizers_hold_parameters(trainer, pl_module):
@@ -255,12 +258,12 @@ class LaLoraCallback(AdapterCheckpoints):
         if self.allocator is not None and self._last_step is None and resumed:
             raise ValueError(
                 f"Expected {trainer.ckpt_path} to be of a run with LaLoraCallback but it has none of its state; resume "
-                "from another one, or load_lora_state_dict(module, path) and fit without ckpt_path."
+                "from another checkpoint, or call load_lora_state_dict(module, path) and fit without ckpt_path."
             )
         if self.allocator is not None and self._last_step is not None and self._last_step < trainer.global_step:
-            # The checkpoint was saved after an optimizer step and before this callback's turn.
+            # The checkpoint was saved after an optimizer step but before the rank update.
             self.allocator.step()
-        # Another Trainer counts its steps from zero again.
+        # A new Trainer counts its steps from zero.
         self._last_step = trainer.global_step
         self._started = time.monotonic()
         reset_peak_memory(pl_module.device)
@@ -272,7 +275,7 @@ class LaLoraCallback(AdapterCheckpoints):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Show the allocator the gradients, before they are clipped, and check in the first steps that they exist."""
+        """Pass the gradients to the allocator, before they are clipped, and check in the first steps that they exist."""
         warning = None if self._gradients is None else self._gradients.observe()
         if warning is not None:
             rank_zero_warn(f"La-LoRA: {warning}")
@@ -283,9 +286,9 @@ class LaLoraCallback(AdapterCheckpoints):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Decide the ranks if the batch stepped an optimizer, and log them at logging steps.
+        """Update the ranks if an optimizer stepped in this batch, and log them at logging steps.
 
-        This hook runs after every batch, also while gradients accumulate and when ``training_step`` returned None.
+        This hook also runs while gradients accumulate and if ``training_step`` returned None.
         """
         if trainer.global_step == self._last_step:
             return
@@ -296,13 +299,13 @@ class LaLoraCallback(AdapterCheckpoints):
         if compatibility.is_logging_step(trainer):
             metrics = self._metrics(trainer, pl_module)
             loggers.log_metrics(trainer, metrics, compatibility.completed_steps(trainer))
-            # A tensor on the CPU, so that the progress bar does not read from the device at every refresh.
+            # A CPU tensor, so that the progress bar does not synchronize with the device at every refresh.
             total = torch.tensor(metrics[log_keys.RANK_TOTAL])
             pl_module.log(log_keys.RANK_TOTAL, total, prog_bar=True, logger=False, on_step=True)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the costs and the final ranks, draw the trajectories and print the rank report."""
+        """Log time, memory and final ranks, draw the trajectories and print the rank report."""
         metrics = loggers.costs(pl_module, time.monotonic() - self._started)
         if self.allocator is not None and self.history[-1][0] != trainer.global_step:
             metrics |= self._metrics(trainer, pl_module)
@@ -330,6 +333,9 @@ class LaLoraCallback(AdapterCheckpoints):
     def plot(self) -> "Figure":
         """Draw the rank trajectories so far, see :func:`lalora_lightning.plotting.plot_rank_trajectories`.
 
+        Returns:
+            A matplotlib Figure.
+
         Raises:
             RuntimeError: Fit has not started, or the ranks are fixed.
         """
@@ -355,10 +361,10 @@ class LaLoraCallback(AdapterCheckpoints):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state, now or as soon as fit has built the allocator.
+        """Restore a state, now or when fit has built the allocator.
 
         Raises:
-            ValueError: It is not a state of this callback, or of a run with other layers or settings.
+            ValueError: The state is not one of this callback, or it comes from a run with other layers or settings.
         """
         if self._has_state:
             self._restore(state_dict)
@@ -379,13 +385,13 @@ class LaLoraCallback(AdapterCheckpoints):
         self._input_gradients = []
 
     def _forget(self) -> None:
-        """Drop what was kept of a run with other layers."""
+        """Reset everything that belongs to a run with other layers."""
         self.allocator, self.history, self._skipped = None, [], 0
         self._last_step = self._restored = self._random = None
         self._adapted_here = False
 
     def _is_built_later(self, pl_module: pl.LightningModule) -> bool:
-        """Return whether the module may build its model after the callback's setup, and adapt it itself."""
+        """Return whether the module may build and adapt its model later, in one of its own hooks."""
         try:
             find_targets(named_modules(pl_module), self.adapter_settings.target_modules)
         except ValueError:
@@ -393,7 +399,7 @@ class LaLoraCallback(AdapterCheckpoints):
         return False
 
     def _settings_of(self, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Return what to log as hyperparameters: of a module that adapted itself, only what its layers show."""
+        """Return the hyperparameters to log; without ``adapter_settings`` if the module called ``add_lora`` itself."""
         settings = {
             **(vars(self.adapter_settings) if self._adapted_here else {}),
             **vars(self.allocation_settings),
@@ -402,7 +408,7 @@ class LaLoraCallback(AdapterCheckpoints):
             "fixed_ranks": self.fixed_ranks,
             **loggers.describe_adapters(pl_module, self.allocation_settings.group_by),
         }
-        # The scaling and fixed_ranks tell these.
+        # These follow from `scaling` and `fixed_ranks`.
         return {key: value for key, value in settings.items() if key not in ("alpha", "rank_pattern")}
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
@@ -434,7 +440,7 @@ class LaLoraCallback(AdapterCheckpoints):
         return RankAllocator(pl_module, **vars(settings))
 
     def _read(self, trainer: pl.Trainer) -> tuple[list[int], float]:
-        """Copy ranks, budget and the count of skipped steps from the device at once, and record them."""
+        """Copy ranks, budget and the number of skipped steps from the device in one transfer, and record them."""
         allocator = self.allocator
         assert allocator is not None
         *read, budget, skipped = torch.cat(
@@ -444,14 +450,14 @@ class LaLoraCallback(AdapterCheckpoints):
         if skipped > self._skipped:
             rank_zero_warn(
                 f"La-LoRA: {int(skipped) - self._skipped} optimizer steps since the last report left weights that are "
-                "NaN or Inf; ranks and budget stayed as they were."
+                "NaN or Inf; ranks and budget did not change. Lower the learning rate or clip gradients."
             )
             self._skipped = int(skipped)
         record_reading(self.history, trainer.global_step, ranks, budget)
         return ranks, budget
 
     def _metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
-        """Read the ranks, the budget and, if asked for, the sparsities, by the keys they are logged under."""
+        """Return ranks, budget and, with ``log_sparsity``, the sparsities by their log keys."""
         assert self.allocator is not None
         names = self.allocator.layer_names
         metrics = log_keys.rank_metrics(names, *self._read(trainer))
@@ -462,5 +468,5 @@ class LaLoraCallback(AdapterCheckpoints):
 
 
 def _was_trained(layer: TruncatedLoRALinear) -> bool:
-    """Return whether the adapter changes anything yet."""
+    """Return whether ``lora_B`` differs from its initial value."""
     return bool((gathered(layer.lora_B) != (0 if layer.start_B is None else layer.start_B)).any())

@@ -1,9 +1,9 @@
-"""AdapterCheckpoints: lets a Trainer's checkpoints hold adapters only, and checks them when they are loaded.
+"""AdapterCheckpoints: adapter-only checkpoints of the Trainer, and checks when they are loaded.
 
-This file is the only one that changes a user's LightningModule beside inserting layers. Its hooks have to be the
-module's own: a callback's hooks are not called with ``save_weights_only`` or by ``trainer.test``, and come before those
-of other callbacks. They stay on the module after fit, since ``trainer.save_checkpoint`` is often called then, and do
-nothing to a module without LoRA layers.
+The hooks in this file are attached to the LightningModule, because the hooks of a callback are not called with
+``save_weights_only`` or by ``trainer.test``, and run before those of other callbacks. They stay on the module after
+fit, when ``trainer.save_checkpoint`` is often called, and do nothing to a module without LoRA layers. Apart from
+inserting layers, nothing else in this package changes a user's LightningModule.
 """
 
 import functools
@@ -37,28 +37,28 @@ class AdapterCheckpoints(pl.Callback):
     """The part of :class:`LaLoraCallback` that deals with the weights in checkpoints.
 
     Args:
-        save_adapter_only: Keep the frozen backbone out of the Trainer's checkpoints. A module with 4-bit layers always
-            does, since bitsandbytes cannot load what it writes of them.
+        save_adapter_only: Keep the frozen backbone out of the Trainer's checkpoints. It is always left out for a module
+            with 4-bit layers, because bitsandbytes cannot load their state.
     """
 
     def __init__(self, save_adapter_only: bool) -> None:
         self.save_adapter_only = save_adapter_only
-        # The module's own setting, while another one is set.
+        # The module's own `strict_loading`, while it is overridden.
         self._strict_loading: bool | None = None
 
     def attach_hooks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Attach the hooks to a module, once.
+        """Attach the hooks to a module, unless it already has them.
 
         Raises:
-            ValueError: The strategy writes distributed checkpoints, which cannot hold adapters only.
+            ValueError: The strategy writes distributed checkpoints, which cannot be adapter-only.
         """
         if not has_load_hook(pl_module, _accept_adapter_only):
             pl_module.register_load_state_dict_post_hook(_accept_adapter_only)
             for name, hook in (("on_save_checkpoint", _on_save), ("on_load_checkpoint", _on_load)):
                 setattr(pl_module, name, functools.partial(hook, pl_module, getattr(pl_module, name)))
         if self.save_adapter_only and require_one_file_checkpoints(trainer):
-            # The strategy itself would require every key, before the module is asked which ones may be missing. They
-            # are checked later.
+            # The strategy itself would require every key before the hooks can accept missing ones. The keys are checked
+            # in `_on_load`.
             self._strict_loading = pl_module.strict_loading
             pl_module.strict_loading = False
 
@@ -70,7 +70,7 @@ class AdapterCheckpoints(pl.Callback):
 
 
 def _on_save(pl_module: pl.LightningModule, own_hook: _Hook, checkpoint: dict[str, Any]) -> None:
-    """Remove frozen parameters from a checkpoint if they are not wanted in it."""
+    """Remove the frozen parameters from an adapter-only checkpoint."""
     own_hook(checkpoint)
     trainer = attached_trainer(pl_module)
     callbacks = callbacks_of(trainer) if trainer is not None else []
@@ -80,12 +80,12 @@ def _on_save(pl_module: pl.LightningModule, own_hook: _Hook, checkpoint: dict[st
 
 
 def _on_load(pl_module: pl.LightningModule, own_hook: _Hook, checkpoint: dict[str, Any]) -> None:
-    """Check the file of a checkpoint and, where the strategy does not, its keys."""
+    """Check the file of a checkpoint, and its keys if the strategy does not check them."""
     trainer = attached_trainer(pl_module)
     if trainer is not None and trainer.ckpt_path is not None and lora_layers(pl_module):
         require_intact_file(trainer.ckpt_path)
         if isinstance(trainer.strategy, ModelParallelStrategy) and Path(trainer.ckpt_path).is_file():
-            # This strategy loads the parameters that it finds and compares nothing.
+            # This strategy loads the parameters that it finds, without checking for missing or unknown keys.
             require_matching_state(
                 pl_module, torch.load(trainer.ckpt_path, mmap=True, map_location="cpu")["state_dict"]
             )
@@ -93,7 +93,7 @@ def _on_load(pl_module: pl.LightningModule, own_hook: _Hook, checkpoint: dict[st
 
 
 def _accept_adapter_only(module: nn.Module, incompatible_keys: Any) -> None:
-    """Accept a state without any frozen parameter, which is adapter-only; a state with some of them is incomplete."""
+    """Accept an adapter-only state, in which all frozen parameters are missing, but no other missing keys."""
     if not lora_layers(module):
         return
     frozen = frozen_names(module)

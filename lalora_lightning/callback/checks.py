@@ -1,4 +1,4 @@
-"""What is checked when fit starts, so that adapters do learn."""
+"""Checks at the start of fit."""
 
 import lightning.pytorch as pl
 
@@ -18,10 +18,10 @@ def optimizers_hold_parameters(trainer: pl.Trainer, pl_module: pl.LightningModul
 
 
 def require_optimized(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Check that the optimizers hold all trainable adapter parameters, which would otherwise never change.
+    """Check that the optimizers contain all trainable parameters of the adapters.
 
     Raises:
-        RuntimeError: The optimizers lack some.
+        RuntimeError: Parameters of adapters are missing in the optimizers.
     """
     if not optimizers_hold_parameters(trainer, pl_module):
         return
@@ -34,8 +34,8 @@ def require_optimized(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Non
     ]
     if forgotten:
         raise RuntimeError(
-            f"Expected the optimizers to hold all adapter parameters but they lack {len(forgotten)}, "
-            f"{forgotten[0]} the first. Build them in configure_optimizers() from self.parameters()."
+            f"Expected the optimizers to contain all adapter parameters but they lack {len(forgotten)}, "
+            f"{forgotten[0]} the first; build them in configure_optimizers() from self.parameters()."
         )
 
 

@@ -1,6 +1,6 @@
-"""What depends on how Lightning works inside: its private names, and the strategies and callbacks that are refused.
+"""Code that depends on Lightning's internals, and checks for unsupported strategies and callbacks.
 
-Everything that a new release of Lightning may break is in this file.
+A new release of Lightning may break this file, but no other one.
 """
 
 from collections.abc import Sequence
@@ -38,17 +38,17 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 
 
 def attached_trainer(pl_module: pl.LightningModule) -> pl.Trainer | None:
-    """Return the module's Trainer, or None where ``pl_module.trainer`` would raise an error."""
+    """Return the module's Trainer, or None if ``pl_module.trainer`` would raise an error."""
     return pl_module._trainer
 
 
 def completed_steps(trainer: pl.Trainer) -> int:
-    """Return the step count that Lightning logs by, which counts batches that stepped an optimizer, not optimizers."""
+    """Return Lightning's step number for logging: the number of batches in which an optimizer stepped."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def is_logging_step(trainer: pl.Trainer) -> bool:
-    """Return whether Lightning logs after the present batch."""
+    """Return whether Lightning logs after the current batch."""
     every = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return bool(every) and (completed_steps(trainer) + 1) % every == 0
 
@@ -59,7 +59,7 @@ def has_model_summary(trainer: pl.Trainer) -> bool:
 
 
 def has_load_hook(module: nn.Module, hook: Any) -> bool:
-    """Return whether a hook that runs after loading a state dict is registered already."""
+    """Return whether a post-hook of loading a state dict is already registered."""
     return hook in module._load_state_dict_post_hooks.values()
 
 
@@ -67,12 +67,12 @@ def require_training_in_this_process(trainer: pl.Trainer) -> None:
     """Check that the strategy trains the module itself and not copies of it in other processes.
 
     Raises:
-        ValueError: It trains copies (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``).
+        ValueError: The strategy trains copies (``ddp_spawn``, ``ddp_fork``, ``ddp_notebook``).
     """
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ValueError(
-            "Expected a module that is adapted already, since this strategy trains copies of it in other processes "
-            "and returns only their weights; call add_lora(module) before fit."
+            "Expected a module that is already adapted, because this strategy trains copies of it in other processes "
+            "and only returns their weights; call add_lora(module) before fit."
         )
 
 
@@ -80,7 +80,7 @@ def require_averaging_after(trainer: pl.Trainer, callback: pl.Callback) -> None:
     """Check that callbacks that copy the model come after the callback that adapts it.
 
     Raises:
-        ValueError: A callback that averages weights comes before.
+        ValueError: A callback that averages weights comes before it.
     """
     callbacks = callbacks_of(trainer)
     for other in callbacks[: callbacks.index(callback)]:
@@ -95,20 +95,20 @@ def require_compatible_averages(callbacks: Sequence[pl.Callback], save_adapter_o
     """Check that no ``WeightAveraging`` callback averages buffers, which hold the ranks, or needs whole checkpoints.
 
     Raises:
-        ValueError: One has ``use_buffers=True``, or would have to resume from adapters only.
+        ValueError: A callback has ``use_buffers=True``, or would have to resume from an adapter-only checkpoint.
     """
     for callback in callbacks:
         if not isinstance(callback, WeightAveraging):
             continue
         if callback._use_buffers:
             raise ValueError(
-                f"Expected {type(callback).__name__} to leave buffers alone, since ranks have no average, but it "
-                "has use_buffers=True; give it use_buffers=False."
+                f"Expected {type(callback).__name__} not to average buffers, which contain the ranks, but it has "
+                "use_buffers=True; set use_buffers=False."
             )
         if save_adapter_only:
             raise ValueError(
-                f"Expected save_adapter_only=False with {type(callback).__name__}, which resumes from whole models "
-                "only, but got True."
+                f"Expected save_adapter_only=False with {type(callback).__name__}, which can only resume from full "
+                "checkpoints, but got True."
             )
 
 
@@ -116,14 +116,14 @@ def require_one_file_checkpoints(trainer: pl.Trainer) -> bool:
     """Return whether the strategy shards parameters, after checking that it writes one file for each checkpoint.
 
     Raises:
-        ValueError: It writes a file for each process, which are only loaded together as a whole.
+        ValueError: The strategy writes distributed checkpoints, which can only be loaded as a whole.
     """
     if not isinstance(trainer.strategy, ModelParallelStrategy):
         return False
     if trainer.strategy._save_distributed_checkpoint:
         raise ValueError(
-            "Expected one file for each checkpoint with save_adapter_only=True, since distributed checkpoints are "
-            "loaded as a whole only; give ModelParallelStrategy save_distributed_checkpoint=False."
+            "Expected checkpoints in one file with save_adapter_only=True, because distributed checkpoints can only be "
+            "loaded as a whole; use ModelParallelStrategy(save_distributed_checkpoint=False)."
         )
     return True
 
@@ -138,15 +138,15 @@ def tensorboard_loggers(trainer: pl.Trainer) -> list[TensorBoardLogger]:
 def leave_out_placeholder_metric(logger: Any) -> None:
     """Keep a TensorBoard logger from logging ``hp_metric`` with the hyperparameters.
 
-    TensorBoard keeps the first thing that a run says about its hyperparameters. Lightning would say before training
-    that the only result is a placeholder; :func:`write_hyperparameters` names the results after training.
+    TensorBoard only uses the first summary of hyperparameters in a run. Lightning would write one before training, with
+    a placeholder as the only metric. :func:`write_hyperparameters` writes it after training, with the actual metrics.
     """
     if isinstance(logger, TensorBoardLogger):
         logger._default_hp_metric = False
 
 
 def write_hyperparameters(logger: TensorBoardLogger, metrics: Sequence[str]) -> None:
-    """Write the run's hyperparameters and the names of the scalars that are its results.
+    """Write the run's hyperparameters and the names of its metrics.
 
     Does nothing if Lightning writes with tensorboardX, because tensorboard is not installed.
     """

@@ -6,11 +6,11 @@ Reading = tuple[int, list[int], float]
 """Optimizer step, ranks of all layers, and budget."""
 
 MAX_READINGS = 2000
-"""Readings that are kept. Above that every second one is dropped, so that the memory of a long run is bounded."""
+"""Maximum length of the history; when it is exceeded, every second entry is dropped."""
 
 
 def record_reading(history: list[Reading], step: int, ranks: list[int], budget: float) -> None:
-    """Append a reading; readings of the same or a later step, from a run that began again, are replaced."""
+    """Append ranks and budget of a step, and drop entries of this or a later step, from an earlier run."""
     while history and history[-1][0] >= step:
         history.pop()
     history.append((step, ranks, budget))

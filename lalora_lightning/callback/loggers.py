@@ -1,4 +1,4 @@
-"""What a run gives to its loggers: settings, costs, and the layout of TensorBoard's dashboards."""
+"""Logging of settings, time and memory, and the layout of TensorBoard's dashboards."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,13 +19,13 @@ __all__ = ["costs", "describe_adapters", "log_layout", "log_metrics", "log_resul
 
 
 def log_metrics(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
-    """Give metrics to all loggers."""
+    """Log metrics to all loggers."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=step)
 
 
 def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
-    """Give settings to all loggers as hyperparameters ``lalora/...``; functions are logged by their name."""
+    """Log settings to all loggers as hyperparameters ``lalora/...``; functions are logged by name."""
     named = {key: getattr(value, "__qualname__", value) for key, value in settings.items()}
     for logger in trainer.loggers:
         leave_out_placeholder_metric(logger)
@@ -33,7 +33,7 @@ def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
 
 
 def describe_adapters(pl_module: pl.LightningModule, group_by: GroupBy) -> dict[str, Any]:
-    """Return the settings and parameter counts that an adapted module itself shows; nothing if it is not adapted."""
+    """Return the settings and parameter counts of a module's adapters; an empty dict if it has none."""
     layers = lora_layers(pl_module)
     if not layers:
         return {}
@@ -51,9 +51,9 @@ def describe_adapters(pl_module: pl.LightningModule, group_by: GroupBy) -> dict[
 
 
 def log_layout(trainer: pl.Trainer) -> None:
-    """Lay out TensorBoard's custom scalars: a chart of the ranks of all layers, of the budget, and of the sparsities.
+    """Add charts of all ranks, of the budget and of the sparsities to TensorBoard's custom scalars.
 
-    The charts group scalars that are logged in any case.
+    The charts combine scalars that are also logged one by one.
     """
     total, budget = (key.removeprefix(log_keys.RANK_PREFIX) for key in (log_keys.RANK_TOTAL, log_keys.RANK_BUDGET))
     charts = {
@@ -68,7 +68,7 @@ def log_layout(trainer: pl.Trainer) -> None:
 def log_results(trainer: pl.Trainer) -> None:
     """Write the run into TensorBoard's table of hyperparameters.
 
-    Its results are what the module logged, the total rank and the budget.
+    The metrics in the table are those that the module logged, the total rank and the budget.
     """
     metrics = [*(key for key in trainer.logged_metrics if key != "epoch"), log_keys.RANK_TOTAL, log_keys.RANK_BUDGET]
     for logger in tensorboard_loggers(trainer):
@@ -76,6 +76,6 @@ def log_results(trainer: pl.Trainer) -> None:
 
 
 def costs(pl_module: pl.LightningModule, seconds: float) -> dict[str, float]:
-    """Return the duration of training and its peak memory, where it can be measured, by their keys."""
+    """Return the duration of training and, if it can be measured, the peak memory, by their log keys."""
     peak = peak_memory_mib(pl_module.device)
     return {log_keys.SECONDS: seconds} | ({} if peak is None else {log_keys.PEAK_MEMORY: peak})

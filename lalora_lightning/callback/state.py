@@ -1,4 +1,4 @@
-"""The state of a LaLoraCallback in a checkpoint: what it has to hold, and torch's random state."""
+"""The state of a LaLoraCallback in a checkpoint: checks, and torch's random state."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor]) -> None:
-    """Continue from a state that :func:`random_state` returned."""
+    """Restore a state that :func:`random_state` returned."""
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
@@ -44,7 +44,7 @@ def require_callback_state(state: Any) -> None:
         or "cpu" not in random
         or random["cpu"].shape != torch.get_rng_state().shape
     ):
-        raise ValueError(f"Expected random to hold torch's random state but got {random!r}.")
+        raise ValueError(f"Expected random to contain torch's random state but got {random!r}.")
     if last_step is not None and type(last_step) is not int:
         raise ValueError(f"Expected last_step to be a step or None but got {last_step!r}.")
     if not isinstance(state["history"], list) or not all(map(_is_reading, state["history"])):

@@ -42,20 +42,21 @@ PROMPT = (
 
 
 class CommonsenseDataModule(TextDataModule):
-    """One training set of all tasks, part of which is held out for validation, and a test set per task.
+    """A training set for all tasks, with held-out validation rows, and a test set for each task.
 
-    Training and validation batches are padded on the right: ``input_ids``, ``attention_mask`` and ``labels``, each
-    ``(N, S)`` int64. Labels are -100 except on the answer and the end-of-text token after it. Test batches are prompts
-    padded on the left, with lists of length N: ``task``, the correct ``answer`` and all ``choices``.
+    Training and validation batches contain ``input_ids``, ``attention_mask`` and ``labels``, each ``(N, S)`` int64 and
+    padded on the right. All labels are -100 except those of the answer and of the end-of-text token after it. Test
+    batches contain prompts padded on the left and lists of length N: ``task``, the correct ``answer`` and all
+    ``choices``.
 
     Args:
         tokenizer: A model on the Hub or a local model folder, whose tokenizer is used.
         path: The training set on the Hub, or a folder with ``train.parquet``: columns instruction and output.
         test_path: A folder of test sets, ``<task>.parquet`` or, as in LLM-Adapters, ``<task>/test.json``: columns
-            instruction and answer. By default the folder ``test`` in ``path``; the Hub's training set has none.
+            instruction and answer. By default the folder ``test`` in ``path``, if that is a local folder.
         tasks: The tasks to test on; by default every task in ``test_path``.
-        max_length: Tokens of prompt and answer in training. A longer prompt loses its beginning. Test prompts are not
-            cut.
+        max_length: Maximum number of tokens of prompt and answer in training; longer prompts lose their beginning. Test
+            prompts are not truncated.
         batch_size: Texts per training or validation batch and device.
         test_batch_size: Prompts per test batch and device.
         val_rows: Number of rows of the training set that are held out.
@@ -93,8 +94,8 @@ class CommonsenseDataModule(TextDataModule):
         return list(self._test_files())
 
     def test_dataloader(self) -> DataLoader:
-        """Return the prompts of all tasks; with several processes each prompt goes to exactly one of them."""
-        # The Trainer's own sampler would repeat rows, to give every process the same number.
+        """Return the prompts of all tasks; with several processes, exactly one of them gets each prompt."""
+        # The Trainer's own sampler would repeat rows, so that every process has the same number of them.
         processes, rank = self.processes()
         sampler = UnrepeatedDistributedSampler(self.splits["test"], processes, rank, shuffle=False)
         collate = self.collator(side="left")
@@ -102,7 +103,7 @@ class CommonsenseDataModule(TextDataModule):
 
     def collator(self, side: str = "right") -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """Return the function that pads rows on a side, "right" or "left"."""
-        # Padding is masked and has no labels, so any token will do for tokenizers without one, such as LLaMA's.
+        # Some tokenizers, such as LLaMA's, have no padding token. Any token works, because padding is masked.
         pad_id = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
         return functools.partial(_collate, pad_id=pad_id, side=side)
 
@@ -152,7 +153,7 @@ def _load(file: Path, columns: Sequence[str]) -> datasets.Dataset:
 
 
 def _tokenize_answered(row: dict[str, str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
-    # Prompt and answer separately, so that the prompt has the same tokens as when an answer is generated.
+    # Prompt and answer are tokenized separately, so that the prompt has the same tokens as in generation.
     prompt = tokenizer(PROMPT.format(row["instruction"]))["input_ids"]
     answer = [*tokenizer(row["output"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     # The first token is kept, since it may be the beginning-of-text token.

@@ -34,15 +34,15 @@ class GlueDataModule(TextDataModule):
         task: Name of the task.
         tokenizer: A model on the Hub or a local model folder, whose tokenizer is used.
         path: The data set on the Hub, or a folder with one subfolder per task.
-        max_length: Longer texts are cut to this many tokens.
+        max_length: Longer texts are truncated to this number of tokens.
         batch_size: Texts per batch and device.
         num_workers: Processes that prepare batches.
-        max_train_rows: Train on this many rows only, drawn at random with a fixed seed.
+        max_train_rows: Number of training rows, drawn at random with a fixed seed; by default all of them.
 
     Raises:
         FileNotFoundError: In ``prepare_data`` and ``setup``: the data set or the tokenizer cannot be found or
             downloaded, or columns are missing.
-        ValueError: In ``prepare_data`` and ``setup``: there are labels outside the task's classes.
+        ValueError: In ``prepare_data`` and ``setup``: a label is not one of the task's classes.
     """
 
     def __init__(

@@ -20,13 +20,13 @@ class ImageDataModule(LightningDataModule):
 
     Batches are ``(images, labels)``: ``(N, 3, image_size, image_size)`` float32 in [0, 1] and ``(N,)`` int64. Training
     images are flipped at random. Without a validation split, part of the training split is held out. Without a test
-    split, the validation split is tested on.
+    split, the validation split is used for testing.
 
     Args:
         path: Name of a data set on the Hub, or a folder: parquet files in the Hub's layout, or images in one folder per
             class.
-        label_column: By default the column of class labels; if there are several, the one with most classes.
-        image_size: Images are resized to a square of this side, in pixels.
+        label_column: By default the column of class labels; if there are several, the one with the most classes.
+        image_size: Images are resized to squares with sides of this many pixels.
         batch_size: Images per batch and device.
         val_fraction: Fraction of the training split that is held out, in (0, 1).
         num_workers: Processes that decode images.
@@ -114,7 +114,7 @@ class ImageDataModule(LightningDataModule):
         assert self._splits is not None
         transform = v2.Compose(
             [
-                # Before the conversion to a tensor: the indices of a palette are not colors.
+                # This comes before the conversion to a tensor, because the indices of a palette are not colors.
                 v2.RGB(),
                 v2.ToImage(),
                 v2.Resize((self.image_size, self.image_size), antialias=True),

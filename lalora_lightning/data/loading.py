@@ -41,7 +41,7 @@ def load_splits(
         _require_folder_if_local(path)
         loaded = datasets.load_dataset(where) if Path(path).is_dir() else datasets.load_dataset(path, name)
     except (OSError, ValueError) as error:
-        # Either type has many causes: no network, offline mode, not found, no such configuration, no data files.
+        # Both types have many causes: no network, offline mode, not found, no such configuration, no data files.
         raise FileNotFoundError(
             f"Cannot load the data set {where!r} ({first_line(error)}). Without a network, set `path` to a local "
             "folder in the Hub's layout."
@@ -83,6 +83,6 @@ def load_pretrained(auto_class: Any, name: str, **arguments: Any) -> Any:
 
 
 def _require_folder_if_local(name: str) -> None:
-    """Raise if the name begins like a path, which names on the Hub do not, and there is no such file or folder."""
+    """Raise an error if the name starts like a path, as no name on the Hub does, and there is no such path."""
     if name.startswith((".", "/", "~")) and not Path(name).exists():
         raise FileNotFoundError("there is no such folder")

@@ -19,7 +19,7 @@ class SquadDataModule(TextDataModule):
     """Questions and contexts, tokenized once and padded batch by batch. The validation split is also the test split.
 
     A long context is split into overlapping windows, see :func:`squad_windows.tokenize`. Batches of the validation
-    split also hold what scoring needs, see :func:`squad_windows.collate`.
+    split also contain what scoring needs, see :func:`squad_windows.collate`.
 
     Args:
         version: Version 2.0 has questions without an answer.
@@ -29,7 +29,7 @@ class SquadDataModule(TextDataModule):
         stride: Tokens of the context that a window shares with the next.
         batch_size: Windows per batch and device.
         num_workers: Processes that prepare batches.
-        max_train_rows: Train on this many questions only, drawn at random with a fixed seed.
+        max_train_rows: Number of training questions, drawn at random with a fixed seed; by default all of them.
 
     Raises:
         FileNotFoundError: In ``prepare_data`` and ``setup``: the data set or the tokenizer cannot be found or

@@ -30,15 +30,15 @@ def tokenize(
         stride: Tokens of the context that a window shares with the next.
         no_answer: Whether questions may have no answer.
         scored: Add the columns ``question`` (the number of the row), ``context``, ``references`` (all answers) and
-            ``offsets`` (the first character of each token and the one after its last; -1 outside the context).
+            ``offsets`` (start and end of each token in the context, in characters; -1 outside the context).
 
     Returns:
-        The columns of the windows, which may be more than the rows.
+        The columns of the windows; there may be more windows than rows.
 
     Raises:
         ValueError: A question is too long for a window, or has no answer although ``no_answer`` is false.
     """
-    # Some questions begin with many spaces.
+    # Some questions start with many spaces.
     questions = [question.strip() for question in rows["question"]]
     _require_room(questions, tokenizer, max_length, stride)
     if not no_answer:
@@ -81,8 +81,8 @@ def collate(rows: list[dict[str, Any]], pad: DataCollatorWithPadding) -> dict[st
         pad: Pads the model's inputs.
 
     Returns:
-        The model's inputs. For windows that are scored also ``question``, ``context`` and ``references``, lists of
-        length N, and ``offsets``, ``(N, T, 2)`` int64, padded with -1.
+        The model's inputs. Scored windows also have the lists ``question``, ``context`` and ``references`` of length N,
+        and ``offsets``, ``(N, T, 2)`` int64, padded with -1.
     """
     batch: dict[str, Any] = {}
     if "offsets" in rows[0]:
@@ -94,7 +94,7 @@ def collate(rows: list[dict[str, Any]], pad: DataCollatorWithPadding) -> dict[st
 
 
 def _span(offsets: list[tuple[int, int]], texts: list[str], starts: list[int]) -> tuple[int, int]:
-    """Return the first and last token of the first answer, or (0, 0) if the window does not hold it."""
+    """Return the first and last token of the first answer, or (0, 0) if it is not in the window."""
     context = [token for token, (start, _) in enumerate(offsets) if start >= 0]
     if not texts or not context:
         return 0, 0
@@ -106,7 +106,7 @@ def _span(offsets: list[tuple[int, int]], texts: list[str], starts: list[int]) -
 
 
 def _require_room(questions: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> None:
-    """Raise if a question leaves no more than ``stride`` tokens for the context, which the tokenizer does not check."""
+    """Raise an error if a question leaves at most ``stride`` tokens for the context; the tokenizer does not."""
     special = tokenizer.num_special_tokens_to_add(pair=True)
     for question, tokens in zip(questions, tokenizer(questions, add_special_tokens=False)["input_ids"], strict=True):
         left = max_length - special - len(tokens)

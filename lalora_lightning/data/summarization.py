@@ -16,8 +16,8 @@ __all__ = ["SummarizationDataModule"]
 class SummarizationDataModule(TextDataModule):
     """A column of texts and a column of summaries, tokenized once and padded batch by batch.
 
-    Batches hold ``input_ids`` and ``attention_mask`` ``(N, S)``, ``labels`` ``(N, T)`` padded with -100, and
-    ``references``: the N summaries as text, not cut. Without a test split, the validation split is tested on.
+    Batches contain ``input_ids`` and ``attention_mask`` ``(N, S)``, ``labels`` ``(N, T)`` padded with -100, and
+    ``references``: the N full summaries as text. Without a test split, the validation split is used for testing.
 
     Args:
         path: The data set on the Hub, or a folder in the Hub's layout.
@@ -25,12 +25,12 @@ class SummarizationDataModule(TextDataModule):
         config: A configuration on the Hub, or the subfolder of that name in a local folder, if it has one.
         source_column: The column of the texts.
         target_column: The column of the summaries.
-        prefix: Put before every text; T5 recognizes its task by it.
-        max_source_length: Longer texts are cut to this many tokens.
-        max_target_length: Longer summaries are cut to this many tokens in the labels.
+        prefix: Text that is inserted before every text, from which T5 recognizes its task.
+        max_source_length: Longer texts are truncated to this number of tokens.
+        max_target_length: In the labels, longer summaries are truncated to this number of tokens.
         batch_size: Texts per batch and device.
         num_workers: Processes that prepare batches.
-        max_train_rows: Train on this many rows only, drawn at random with a fixed seed.
+        max_train_rows: Number of training rows, drawn at random with a fixed seed; by default all of them.
 
     Raises:
         FileNotFoundError: In ``prepare_data`` and ``setup``: the data set or the tokenizer cannot be found or
@@ -59,7 +59,7 @@ class SummarizationDataModule(TextDataModule):
         self.max_train_rows = max_train_rows
 
     def tokenize(self) -> dict[str, Any]:
-        """Tokenize the texts, with the prefix, and the summaries of all splits."""
+        """Tokenize the texts, after adding the prefix, and the summaries of all splits."""
         folder = Path(self.path)
         in_folder_itself = folder.is_dir() and not (folder / (self.config or "")).is_dir()
         config = None if in_folder_itself else self.config

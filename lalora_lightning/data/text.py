@@ -1,4 +1,4 @@
-"""What the data modules for text share: texts are tokenized once and padded batch by batch."""
+"""TextDataModule: tokenizing, batching and loading for all data modules with texts."""
 
 import copy
 import os
@@ -19,8 +19,9 @@ __all__ = ["TextDataModule", "map_rows"]
 class TextDataModule(LightningDataModule):
     """Base class of the data modules for text. Subclasses implement :meth:`tokenize` and :meth:`collator`.
 
-    Training batches hold texts of similar length, which means less padding and shorter training; they are drawn again
-    for every epoch. Without a test split, the validation split is tested on.
+    Texts are tokenized once and padded batch by batch. Training batches contain texts of similar length, which reduces
+    padding and training time. They are drawn again for every epoch. Without a test split, the validation split is used
+    for testing.
 
     Args:
         tokenizer: A model on the Hub or a local model folder, whose tokenizer is used.
@@ -39,15 +40,15 @@ class TextDataModule(LightningDataModule):
         self.splits: dict[str, Any] = {}
 
     def tokenize(self) -> dict[str, Any]:
-        """Return the tokenized splits "train", "validation" and, where there is one, "test".
+        """Return the tokenized splits "train", "validation" and, if there is one, "test".
 
-        The functions mapped over the rows must only depend on what changes their result, because datasets caches
-        results by the function and its arguments.
+        The functions that are mapped over the rows must not depend on anything that does not change their result,
+        because datasets caches results by the function and its arguments.
         """
         raise NotImplementedError
 
     def collator(self) -> Callable[[list[dict[str, Any]]], Any]:
-        """Return a function that makes a batch of rows. It must be picklable."""
+        """Return a picklable function that turns a list of rows into a batch."""
         raise NotImplementedError
 
     def prepare_data(self) -> None:
@@ -61,8 +62,8 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return batches of texts of similar length, in random order."""
-        # On the paper's data sets, random batches are 22% to 62% padding, these are 1% to 4%. With several processes,
-        # the Trainer would replace any sampler that is not a DistributedSampler; its own uses the same seed.
+        # On the paper's data sets, 22% to 62% of random batches is padding, and 1% to 4% of these batches. With several
+        # processes, the Trainer replaces any sampler that is not a DistributedSampler.
         processes, rank = self.processes()
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         lengths = _lengths(self.splits["train"])
@@ -94,20 +95,20 @@ class TextDataModule(LightningDataModule):
         )
 
     def _load(self) -> dict[str, Any]:
-        # Padded on the right, so that the first token of a text is never padding.
+        # Padding is on the right, so that the first token of a text is never padding.
         self.tokenizer = load_pretrained(AutoTokenizer, self.tokenizer_name, padding_side="right")
         return self.tokenize()
 
 
 def map_rows(rows: Any, function: Callable[..., dict[str, list]], **arguments: Any) -> Any:
-    """Map a function over the rows of a data set, which replaces all columns and is cached.
+    """Map a function over the rows of a data set, replacing all columns; the result is cached.
 
-    The function is copied, because a call changes a tokenizer of transformers 4, which stores the truncation. The name
-    under which datasets caches the result would then be another one the next time.
+    The function is copied, because a tokenizer of transformers 4 stores the truncation when it is called. This would
+    change the fingerprint of the function, and datasets would not find the cached result the next time.
 
     Args:
         rows: A split of a data set.
-        function: From rows to the new columns; must be picklable.
+        function: Picklable function that maps rows to the new columns.
         arguments: Further arguments of ``Dataset.map``.
     """
     return rows.map(copy.deepcopy(function), remove_columns=rows.column_names, **arguments)

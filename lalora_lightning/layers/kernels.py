@@ -1,4 +1,4 @@
-r"""The arithmetic of the low-rank layer: frozen product and adapter in one node of the graph, forward and backward.
+r"""The computation of the low-rank layer: frozen layer and adapter as a single autograd node.
 
 Shapes: ``N`` rows of input, ``d`` input and ``m`` output features, ``S`` adapted slices of the output with ``m_s``
 features each, rank ``r``::
@@ -7,8 +7,8 @@ features each, rank ``r``::
         \                                                       ^ += scaling * hidden_s B_s.T, per slice s
          `-- A.T (d, S r) --> hidden (N, S r), masked -- B_s.T (r, m_s)
 
-The mask sets the hidden columns beyond the current rank to zero. It is applied to the narrow hidden factor in place, so
-that no masked copy of a weight exists.
+The mask sets the hidden columns beyond the current rank to zero. It is applied in place to the narrow hidden factor, so
+no masked copy of a weight is needed.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 __all__ = ["OutSlices", "TruncatedLoRAFunction", "add_adapter", "truncated_lora"]
 
 OutSlices = tuple[tuple[int, int], ...]
-"""``(start, stop)`` ranges of output features, rising and disjoint."""
+"""``(start, stop)`` ranges of output features, in ascending order and disjoint."""
 
 
 def truncated_lora(
@@ -40,12 +40,12 @@ def truncated_lora(
 
     Args:
         x: ``(N, d)`` input.
-        lora_x: ``(N, d)`` input of the adapter where it differs, as it does with dropout.
+        lora_x: ``(N, d)`` input of the adapter; None if it is ``x``. With dropout it differs.
         weight: ``(m, d)``.
         bias: ``(m,)``.
         A: ``(S r, d)``.
         B: ``(sum of m_s, r)``.
-        rank_mask: ``(r,)`` bool, True for the components of the current rank.
+        rank_mask: ``(r,)`` bool, True for the components within the current rank.
         scaling: Factor of the adapter.
         out_slices: The adapted ranges of output features.
 
@@ -55,7 +55,7 @@ def truncated_lora(
     out = F.linear(x, weight, bias)
     hidden = _mask((x if lora_x is None else lora_x) @ A.T, rank_mask)
     for (out_s, B_s), hidden_s in zip(_by_slice(out, B, out_slices), _columns(hidden, out_slices), strict=True):
-        # Accumulates onto the base output: no temporary of its size.
+        # Adds to the base output in place, without a temporary of the same size.
         out_s.addmm_(hidden_s, B_s.T, alpha=scaling)
     return out, hidden
 
@@ -72,10 +72,10 @@ def add_adapter(
 
 
 class TruncatedLoRAFunction(torch.autograd.Function):
-    """:func:`truncated_lora` as one node of the graph.
+    """:func:`truncated_lora` as a single autograd node.
 
-    Autograd over the separate operations would add temporaries of the size of the output and the input. In one node,
-    the adapter's part of the input gradient accumulates onto the base layer's part.
+    Separate autograd nodes would need temporaries of the size of the output and the input. Here, the gradients of the
+    base layer and of the adapter with respect to the input are accumulated in place.
     """
 
     @staticmethod
@@ -91,7 +91,7 @@ class TruncatedLoRAFunction(torch.autograd.Function):
         scaling: float,
         out_slices: OutSlices,
     ) -> Tensor:
-        """Compute the output and keep what the needed gradients require."""
+        """Compute the output and save the tensors that the required gradients need."""
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         out, hidden = truncated_lora(x, lora_x, weight, bias, A, B, rank_mask, scaling, out_slices)
         need_x, need_lora_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
@@ -117,7 +117,7 @@ class TruncatedLoRAFunction(torch.autograd.Function):
         grad_x = grad_lora_x = grad_weight = grad_bias = grad_A = grad_B = None
 
         slices = _by_slice(g, B, ctx.out_slices)
-        # addmm with beta=0 is a scaled matrix product in one kernel, which does not read its first argument.
+        # With beta=0, addmm does not read its first argument and is a scaled matrix product in one kernel.
         unread = B[0, 0]
         if need_B:
             hiddens = _columns(hidden, ctx.out_slices)
@@ -147,7 +147,7 @@ class TruncatedLoRAFunction(torch.autograd.Function):
 
 
 def _mask(hidden: Tensor, rank_mask: Tensor) -> Tensor:
-    """Set the columns beyond the current rank to zero in place, in the r columns of each slice."""
+    """Set the columns beyond the current rank to zero, in place, for all slices."""
     hidden.view(-1, rank_mask.shape[0]).mul_(rank_mask)
     return hidden
 

@@ -26,7 +26,7 @@ def is_linear(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward or is_conv1d(module) or is_quantized(module)
 
 
-# Libraries are recognised by name: importing transformers or bitsandbytes for the question would take seconds.
+# Classes are recognized by name, because importing transformers or bitsandbytes takes seconds.
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether a module is transformers' ``Conv1D`` (GPT-2), which stores its weight as ``(d, m)``."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
@@ -43,17 +43,17 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def keep_plain_format(module: Any) -> None:
-    """Make a 4-bit layer keep its weight in the format that can be read and that gradients can pass.
+    """Prevent bitsandbytes from repacking a 4-bit weight into a format without gradients.
 
-    On processors with AVX512-BF16, bitsandbytes repacks the weight of a layer at the first pass in evaluation mode that
-    needs no gradient. From then on the layer computes in bfloat16 and has no gradient with respect to its input, and
-    ``dequantize_4bit`` returns wrong numbers.
+    On processors with AVX512-BF16, bitsandbytes repacks the weight in the first forward pass that is in evaluation mode
+    and needs no gradient. After that, the layer computes in bfloat16, has no gradient with respect to its input, and
+    ``dequantize_4bit`` returns wrong values.
     """
     if not is_4bit(module):
         return
     module.support_avx512bf16_for_cpu = False
     if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
-        # bitsandbytes saves the plain format, and converts the weight back to do so.
+        # To save a weight, bitsandbytes converts it back to the plain format.
         module.state_dict()
 
 
@@ -67,7 +67,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def linear_parameter(module: nn.Module) -> Tensor:
-    """Return the weight of a linear module as it is stored; a quantized weight is packed integers."""
+    """Return the weight of a linear module as it is stored; a quantized weight consists of packed integers."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight

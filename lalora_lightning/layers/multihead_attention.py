@@ -1,9 +1,9 @@
 """``nn.MultiheadAttention``, whose query, key and value projections are one parameter and not a module.
 
-To adapt them, the parameter has to become a module. This file is the only place that changes the class of a user's
-module: while an attention is adapted, it is an ``_AttentionWithInProj``, and :func:`set_in_proj` with a plain
-projection makes it an ``nn.MultiheadAttention`` again. The class is changed in place so that every reference to the
-attention stays valid.
+To adapt them, the parameter has to become a module. :func:`set_in_proj` therefore changes the class of an adapted
+attention to ``_AttentionWithInProj``, and back to ``nn.MultiheadAttention`` when the adapter is removed. The class is
+changed in place, so that every reference to the attention stays valid. No other file changes the class of a user's
+module.
 """
 
 from typing import Any
@@ -19,15 +19,15 @@ IN_PROJ = "in_proj"
 class _AttentionWithInProj(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with its fused projection as a module ``in_proj``.
 
-    The attention reads ``in_proj_weight`` as before and receives the adapted weight. Masks, both layouts of a batch
-    and the fast path of ``nn.TransformerEncoder`` therefore work as in torch's own class.
+    The attention reads ``in_proj_weight`` as before but gets the adapted weight. Masks, ``batch_first`` and the fast
+    path of ``nn.TransformerEncoder`` therefore work as in torch's own class.
     """
 
     in_proj: Any
-    # The adapted weight during a forward pass, which reads it several times.
+    # Caches the adapted weight during a forward pass, which reads it several times.
     _adapted_weight: Tensor | None = None
 
-    # nn.Module looks up a parameter only where the class has no attribute of that name.
+    # nn.Module only looks up a parameter if the class has no attribute of that name.
     @property
     def in_proj_weight(self) -> Tensor:  # type: ignore[override]
         return self.in_proj.weight if self._adapted_weight is None else self._adapted_weight
@@ -61,7 +61,7 @@ def in_proj_of(attention: nn.Module) -> nn.Linear | None:
 
 
 def set_in_proj(attention: Any, in_proj: nn.Module) -> None:
-    """Replace the fused parameters by an adapted projection, or an adapted projection by its plain parameters."""
+    """Replace the fused parameters with an adapted projection, or an adapted projection with plain parameters."""
     if isinstance(in_proj, nn.Linear):
         del attention.in_proj
         attention.__class__ = nn.MultiheadAttention

@@ -1,4 +1,4 @@
-"""The settings of a layer: the scaling they lead to, and the values they can have."""
+"""The settings of a layer: the scaling, and checks of the values."""
 
 import math
 from typing import get_args
@@ -20,7 +20,7 @@ def require_adapter_settings(rank: int, alpha: float, dropout: float, init: str)
         ValueError: One of them is out of range.
     """
     if not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"Expected rank to be a whole number of at least 1 but got {rank}.")
+        raise ValueError(f"Expected rank to be an integer of at least 1 but got {rank}.")
     if not 0 < alpha < math.inf:
         raise ValueError(f"Expected alpha to be positive and finite but got {alpha}.")
     if not 0 <= dropout < 1:
@@ -30,12 +30,12 @@ def require_adapter_settings(rank: int, alpha: float, dropout: float, init: str)
 
 
 def require_slices(out_slices: tuple[tuple[int, int], ...], out_features: int) -> None:
-    """Raise a ValueError unless the slices are rising, disjoint ranges of output features."""
+    """Raise a ValueError unless the slices are ascending, disjoint ranges of output features."""
     end = 0
     for start, stop in out_slices:
         if not end <= start < stop <= out_features:
             raise ValueError(
-                f"Expected out_slices to be rising, disjoint ranges in [0, {out_features}] but got {out_slices}."
+                f"Expected out_slices to be ascending, disjoint ranges in [0, {out_features}] but got {out_slices}."
             )
         end = stop
 
@@ -45,5 +45,5 @@ def require_rank_that_fits(rank: int, out_slices: tuple[tuple[int, int], ...], i
     largest = min(in_features, *(stop - start for start, stop in out_slices))
     if not isinstance(rank, int) or not 1 <= rank <= largest:
         raise ValueError(
-            f"Expected rank to be in [1, {largest}], up to the smaller side of the weight, and whole but got {rank}."
+            f"Expected rank to be in [1, {largest}], an integer up to the smaller side of the weight, but got {rank}."
         )

@@ -1,4 +1,4 @@
-"""What a layer's state dict is checked for when it is saved and loaded, and what follows from it."""
+"""State dict hooks of a low-rank layer: checks before saving and loading, and updating the mask."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ def require_unmerged_to_save(layer: Any, prefix: str, keep_vars: bool) -> None:
     """Raise a RuntimeError if the layer is merged; a state dict pre-hook."""
     if layer.merged:
         raise RuntimeError(
-            f"Expected {prefix.rstrip('.') or 'the layer'} to be unmerged when its state is taken, since loading would "
-            "add the adapter a second time; call unmerge_lora(model) first."
+            f"Expected {prefix.rstrip('.') or 'the layer'} to be unmerged when its state is saved, because loading it "
+            "would add the adapter a second time; call unmerge_lora(model) first."
         )
 
 
@@ -21,13 +21,13 @@ def require_unmerged_to_load(layer: Any, state_dict: dict[str, Any], prefix: str
     """Raise a RuntimeError if the layer is merged; a pre-hook of loading a state dict."""
     if layer.merged:
         raise RuntimeError(
-            f"Expected {prefix.rstrip('.') or 'the layer'} to be unmerged when a state is loaded, since its base "
-            "weight still holds the old adapter; call unmerge_lora(model) first."
+            f"Expected {prefix.rstrip('.') or 'the layer'} to be unmerged when a state is loaded, because its base "
+            "weight still contains the old adapter; call unmerge_lora(model) first."
         )
 
 
 def update_mask(layer: Any, incompatible_keys: Any) -> None:
-    """Write the mask of the loaded rank; a post-hook of loading a state dict.
+    """Update the mask for the loaded rank; a post-hook of loading a state dict.
 
     Raises:
         ValueError: The loaded rank is not in [1, max_rank].

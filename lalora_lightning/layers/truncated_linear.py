@@ -32,22 +32,22 @@ __all__ = ["TruncatedLoRALinear"]
 
 
 class TruncatedLoRALinear(nn.Module):
-    r"""Linear layer with a low-rank adapter of which the first ``rank`` components are used.
+    r"""Linear layer with a low-rank adapter that uses its first ``rank`` components.
 
     ``h = W_0 x + (alpha / r) * B_r' A_r' x + b`` (La-LoRA, Neural Networks 194, 2025, 108095, Eq. 4), where ``A_r'``
     and ``B_r'`` are the first ``r'`` rows of ``lora_A`` and columns of ``lora_B``. Both are stored at the maximum rank
-    ``r`` and truncated by a mask on the device: a change of the rank changes no shape, recompiles nothing and does not
-    synchronize. The components beyond ``r'`` keep their values and receive zero gradients. A state dict holds the
-    current rank and, as extra state, the scaling and the slices.
+    ``r`` and truncated by a mask on the device. Changing the rank therefore changes no shapes and causes no
+    recompilation or synchronization. The components beyond ``r'`` keep their values and get zero gradients. A state
+    dict contains the current rank and, as extra state, the scaling and the slices.
 
-    ``lora_B`` is zero at first, so that a new layer computes exactly what its base layer computes. Where ``init`` makes
-    ``B A`` nonzero, the initial factors are kept and their product is subtracted, ``B A - B_0 A_0``, component by
-    component. The layer then equals its base layer at every rank, up to rounding, and the base weight is not changed.
-    The layer reads the weight of its base layer and does not call its ``forward``, so that forward hooks on it do not
-    run, unless it is quantized.
+    ``lora_B`` is initialized to zero, so a new layer computes exactly the same as its base layer. If ``init`` makes
+    ``B A`` nonzero, the layer keeps the initial factors and subtracts their product, truncated to the same rank:
+    ``B A - B_0 A_0``. A new layer then equals its base layer at every rank, up to rounding, and the base weight is not
+    changed. The layer reads the weight of its base layer instead of calling it, so forward hooks of the base layer do
+    not run. Only a quantized base layer is called.
 
     A fused projection can be adapted in slices of its output features (``out_slices``). ``lora_A`` and ``lora_B`` then
-    hold one adapter of rank ``r`` for each slice, stacked along their rows.
+    contain one adapter of rank ``r`` for each slice, stacked along their rows.
 
     Args:
         base_layer: The frozen ``nn.Linear``, transformers ``Conv1D``, or bitsandbytes ``Linear4bit`` or
@@ -55,7 +55,7 @@ class TruncatedLoRALinear(nn.Module):
         rank: The maximum rank ``r``, from 1 to min(m, d).
         alpha: The adapter is scaled by ``alpha / rank``, independent of the current rank.
         dropout: Probability of dropping an entry of the adapter's input during training.
-        out_slices: ``(start, stop)`` ranges of output features to adapt; by default all of them as one.
+        out_slices: ``(start, stop)`` ranges of output features to adapt; by default one slice with all features.
         device: Device of the adapter; by default that of the base weight.
         dtype: Data type of the adapter's parameters. They are cast to the input's type for computing.
         init: Initialization of ``lora_A`` and ``lora_B``, see :mod:`lalora_lightning.initialization`.
@@ -66,9 +66,9 @@ class TruncatedLoRALinear(nn.Module):
     Attributes:
         lora_A: ``(r, d)``, or ``(S r, d)`` for S slices.
         lora_B: ``(m, r)``, or ``(sum of the slices' widths, r)`` for slices.
-        start_A: The initial ``lora_A``, a persistent buffer; None where ``B A`` is zero at first.
-        start_B: The initial ``lora_B``, likewise.
-        rank: Integer scalar, the current rank ``r'``; a persistent buffer. It is ``r`` at first.
+        start_A: The initial ``lora_A``, a persistent buffer; None if the initial ``B A`` is zero.
+        start_B: The initial ``lora_B``, a persistent buffer or None, like ``start_A``.
+        rank: Integer scalar, the current rank ``r'``; a persistent buffer. The initial value is ``r``.
 
     Raises:
         TypeError: The base layer is not linear.
@@ -132,7 +132,7 @@ class TruncatedLoRALinear(nn.Module):
         )
         self.lora_B = nn.Parameter(torch.empty(adapted, rank, device=device, dtype=dtype))
         self.register_buffer("rank", torch.empty((), dtype=torch.long, device=device))
-        # Follows from `rank`, which the state dict holds. Boolean, so that no cast of the model changes it.
+        # Not persistent, because it follows from `rank`. Boolean, so that casting the model does not change it.
         self.register_buffer("rank_mask", torch.empty(rank, dtype=torch.bool, device=device), persistent=False)
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
@@ -149,33 +149,40 @@ class TruncatedLoRALinear(nn.Module):
         scaling: float,
         **settings: Any,
     ) -> "TruncatedLoRALinear":
-        """Return a layer of exactly this scaling, which ``alpha / rank`` could round; ``settings`` as in the class."""
+        """Return a layer with exactly this scaling, which ``alpha / rank`` could round.
+
+        Args:
+            base_layer: As in the class.
+            rank: As in the class.
+            scaling: Factor of ``B A``.
+            settings: Other arguments of the class.
+        """
         layer = cls(base_layer, rank, scaling * rank, **settings)
         layer.scaling = scaling
         return layer
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialize the factors as ``init`` says, at full rank.
+        """Initialize the factors according to ``init``, and set the maximum rank.
 
-        A layer that was built on the meta device needs this after ``to_empty``.
+        Call this after ``to_empty`` if the layer was built on the meta device.
 
         Raises:
-            ValueError: ``init`` needs the base weight, which is on the meta device or has a rank below ``max_rank``.
+            ValueError: ``init`` needs the base weight, but it is on the meta device or has a rank below ``max_rank``.
         """
         factors = self.split(self.lora_A, self.lora_B)
         if self.init in FACTORIZATIONS:
             weight = self.base_weight
             if weight.is_meta:
                 raise ValueError(
-                    f"Expected a weight to initialize from with init={self.init!r} but it is on the meta device."
+                    f"Expected a weight with values for init={self.init!r} but it is on the meta device; load it first."
                 )
             for (A, B), (start, stop) in zip(factors, self.out_slices, strict=True):
                 initial_A, initial_B = FACTORIZATIONS[self.init](weight[start:stop], self.max_rank, self.scaling)
                 if not (initial_A.any(1) | initial_B.any(0)).all():
                     raise ValueError(
                         f"Expected a weight of rank {self.max_rank} or more with init={self.init!r} but its rank is "
-                        "lower, and a component that is zero in both factors never learns."
+                        "lower; choose a lower rank, because a component that is zero in both factors never learns."
                     )
                 A.copy_(initial_A)
                 B.copy_(initial_B)
@@ -193,7 +200,7 @@ class TruncatedLoRALinear(nn.Module):
 
     @torch.no_grad()
     def keep_initial_factors(self) -> None:
-        """Keep the present ``lora_A`` and ``lora_B`` as the initial factors, whose product is subtracted."""
+        """Store a copy of ``lora_A`` and ``lora_B`` as the initial factors, whose product is subtracted."""
         self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
     @property
@@ -203,9 +210,9 @@ class TruncatedLoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The adapted weight ``(m, d)``, added in float32 or wider and cast once.
+        """The adapted weight ``(m, d)``, computed in float32 or wider and cast once.
 
-        For code that reads a layer's weight instead of calling the layer.
+        It is meant for code that reads the weight of a layer instead of calling the layer.
         """
         base_weight = self.base_weight
         if self.merged:
@@ -239,7 +246,7 @@ class TruncatedLoRALinear(nn.Module):
     def increment(self) -> Tensor:
         """Return the weight increment ``P = scaling * B_r' A_r'`` (m x d) at the current rank, in float32 or wider.
 
-        A sharded adapter is gathered, so that every process has to call this.
+        A sharded adapter is gathered, so every process has to call this.
         """
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         increment = torch.zeros(self.out_features, self.in_features, device=self.lora_A.device, dtype=dtype)
@@ -252,11 +259,11 @@ class TruncatedLoRALinear(nn.Module):
 
     @torch.no_grad()
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Return the current components of all slices as one plain adapter of scaling 1, without initial factors.
+        """Return the current components of all slices as one plain adapter with scaling 1 and no initial factors.
 
         Returns:
-            A ``(R, d)`` and B ``(m, R)`` with ``P = B A``. R is the current rank times the number of slices, and twice
-            that where initial factors are subtracted.
+            A ``(R, d)`` and B ``(m, R)`` with ``P = B A``. R is the current rank times the number of slices, or twice
+            that if initial factors are subtracted.
         """
         A, B, mask = self._factors()
         pairs = [(A_s[mask], self.scaling * B_s[:, mask]) for A_s, B_s in self.split(A, B)]
@@ -267,7 +274,7 @@ class TruncatedLoRALinear(nn.Module):
         return torch.cat([A_s for A_s, _ in pairs]), folded_B
 
     def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return A, B and the mask of their components; initial factors follow with a minus sign."""
+        """Return A, B and their mask, with the negated initial factors appended as additional components."""
         own_A, own_B = gathered(self.lora_A), gathered(self.lora_B)
         if self.start_A is None or self.start_B is None:
             return own_A, own_B, self.rank_mask
@@ -288,7 +295,7 @@ class TruncatedLoRALinear(nn.Module):
         # Autocast does not change double precision.
         if device_type != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
-            # The casts that autocast would make are made here once; the backward pass needs them again.
+            # The inputs are cast here once, as autocast would do it, because the backward pass needs them again.
             with torch.autocast(device_type, enabled=False):
                 return self._forward(x.to(dtype), dtype)
         return self._forward(x, None)
@@ -296,8 +303,7 @@ class TruncatedLoRALinear(nn.Module):
     def _forward(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         if self.merged:
             return F.linear(x, *self._base_parameters(dtype))
-        # The function maps rows to rows. The output's shape is restored outside of it, so that callers may change the
-        # output in place.
+        # The shape is restored outside of the autograd function, so that callers may change the output in place.
         rows = x.reshape(-1, self.in_features)
         lora_rows = F.dropout(rows, self.dropout) if self.training and self.dropout > 0 else None
         A, B, mask = self._factors()
@@ -311,7 +317,7 @@ class TruncatedLoRALinear(nn.Module):
         if torch.is_grad_enabled():
             out = TruncatedLoRAFunction.apply(rows, lora_rows, weight, bias, A, B, *fixed)
         else:
-            # Without a backward pass, a node of the graph would only take time.
+            # Without a backward pass, an autograd node would only cost time.
             out, _ = truncated_lora(rows, lora_rows, weight, bias, A.to(x.dtype), B.to(x.dtype), *fixed)
         return out.view(*x.shape[:-1], self.out_features)
 
@@ -323,7 +329,7 @@ class TruncatedLoRALinear(nn.Module):
         return weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def get_extra_state(self) -> Tensor:
-        """Return what the tensors do not tell, the scaling and the slices, as one float64 vector."""
+        """Return the scaling and the slices, which are not in the state dict otherwise, as a float64 vector."""
         return torch.tensor([self.scaling, *itertools.chain(*self.out_slices)], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -343,7 +349,7 @@ class TruncatedLoRALinear(nn.Module):
             )
 
     def is_own_extra_state(self, state: Any) -> bool:
-        """Return whether scaling and slices are this layer's; the scaling may have been rounded to half precision."""
+        """Return whether a state has this layer's slices and its scaling, which may be rounded to half precision."""
         own = self.get_extra_state()
         if not isinstance(state, Tensor) or state.shape != own.shape or not state.is_floating_point():
             return False
@@ -353,7 +359,7 @@ class TruncatedLoRALinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
-            # A rank allocator makes the ranks of all layers slices of one tensor, which some formats refuse to save.
+            # With a rank allocator, the ranks of all layers are views of one tensor, which some formats refuse to save.
             destination[prefix + "rank"] = destination[prefix + "rank"].clone()
 
     @torch.no_grad()
@@ -365,15 +371,15 @@ class TruncatedLoRALinear(nn.Module):
         Raises:
             RuntimeError: The layer is merged already.
             TypeError: The base weight is quantized.
-            ValueError: The merged weight would not be finite; nothing has changed then.
+            ValueError: The merged weight would not be finite. The layer is left unchanged.
         """
         if self.merged:
             raise RuntimeError("Expected an unmerged layer but it is merged already; call unmerge() first.")
         if self._quantized:
             raise TypeError(
-                f"Expected a weight in floating point but got a quantized one ({type(self.base_layer).__name__}), in "
-                "which rounding would swallow the adapter. Take lora_state_dict(model), load the model without "
-                "quantization, load_lora_state_dict(model, state) and merge there."
+                f"Expected a weight in floating point but got a quantized one ({type(self.base_layer).__name__}), "
+                "where rounding would lose the adapter; get state = lora_state_dict(model), load the model without "
+                "quantization, call load_lora_state_dict(model, state) and merge that model."
             )
         merged = self.weight
         if not torch.isfinite(merged).all():
@@ -397,9 +403,9 @@ class TruncatedLoRALinear(nn.Module):
 
     @torch.no_grad()
     def trim(self) -> None:
-        """Cut ``lora_A`` and ``lora_B`` to the current rank: the same outputs from fewer parameters.
+        """Cut ``lora_A`` and ``lora_B`` to the current rank; the outputs do not change.
 
-        The parameters are new ones: an optimizer that held the old ones has to be rebuilt.
+        The parameters are replaced by new ones, so an optimizer has to be built again.
         """
         rank = int(self.rank)
         factors = self.split(self.lora_A, self.lora_B)
@@ -412,7 +418,7 @@ class TruncatedLoRALinear(nn.Module):
         self.rank_mask = self.rank_mask[:rank].clone()
 
     def extra_repr(self) -> str:
-        """Return the current rank, the scaling and what else differs from the defaults."""
+        """Return the current rank and the scaling, and slices and dropout if they are not the defaults."""
         rank = "?" if self.rank.is_meta else int(self.rank)
         text = f"rank={rank} of {self.max_rank}, scaling={self.scaling}"
         if self.out_slices != ((0, self.out_features),):

@@ -1,4 +1,4 @@
-"""Causal language modeling: trained on answers to prompts, tested on the answers it generates."""
+"""Causal language modeling: training on answers to prompts, testing on generated answers."""
 
 import re
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ __all__ = ["CausalLMModule", "first_choice"]
 class CausalLMModule(TaskModule):
     """A transformers decoder that learns to answer prompts. All its parameters are trained unless it is adapted.
 
-    Training and validation batches hold ``input_ids``, ``attention_mask`` and ``labels``, each ``(N, S)`` int64, with
-    labels of -100 on tokens that the loss ignores. Test batches hold prompts padded on the left and lists of length N:
-    the ``task``, the ``choices`` and the correct ``answer``, one of the choices.
+    Training and validation batches contain ``input_ids``, ``attention_mask`` and ``labels``, each ``(N, S)`` int64. The
+    loss ignores tokens with the label -100. Test batches contain prompts padded on the left and lists of length N: the
+    ``task``, the ``choices`` and the correct ``answer``, which is one of the choices.
 
     Logs ``train/loss``, ``val/loss`` (the mean over all labeled tokens), ``test/<task>`` (the fraction of correct
     answers) and ``test/average`` (the mean over tasks).
@@ -33,7 +33,7 @@ class CausalLMModule(TaskModule):
         learning_rate: Peak of the schedule, see :class:`TaskModule`.
         weight_decay: Applied to matrices only.
         warmup: Fraction of the run during which the learning rate rises.
-        max_new_tokens: Answers are cut to this many tokens.
+        max_new_tokens: Maximum number of tokens in a generated answer.
         gradient_checkpointing: Recompute activations instead of keeping them.
 
     Raises:
@@ -55,7 +55,7 @@ class CausalLMModule(TaskModule):
         self.save_hyperparameters()
         self.tokenizer = load_pretrained(AutoTokenizer, name)
         self.model = load_backbone(AutoModelForCausalLM, name, gradient_checkpointing, dtype=dtype)
-        # Replaces the model's own settings, which may sample at random. Text after the end of an answer is ignored.
+        # Replaces the model's own settings, which may sample at random. After the end of an answer, eos is the padding.
         eos = self.tokenizer.eos_token_id
         self.model.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos
@@ -76,8 +76,8 @@ class CausalLMModule(TaskModule):
             self.accuracy[task].update(float(first_choice(text, choices) == right))
 
     def on_test_epoch_end(self) -> None:
-        """Log the accuracy of each task that was tested, and their mean."""
-        # Computed over all processes. NaN means that no process has seen a row of the task.
+        """Log the accuracy of each tested task, and the mean over these tasks."""
+        # The accuracies are computed over all processes. NaN means that no process has seen a row of the task.
         scores = {key: score for key, score in self.accuracy.compute().items() if not score.isnan()}
         scores["test/average"] = torch.stack(list(scores.values())).mean()
         self.log_dict(scores, sync_dist=True)
@@ -95,7 +95,7 @@ class CausalLMModule(TaskModule):
 
 
 def first_choice(text: str, choices: Sequence[str]) -> str | None:
-    """Return the choice that occurs first in a text, or None, as LLM-Adapters (arXiv 2304.01933) matches answers.
+    """Return the first of the choices in a text, or None; matches answers as LLM-Adapters does (arXiv 2304.01933).
 
     >>> first_choice("the correct answer is answer2, not answer1", ["answer1", "answer2"])
     'answer2'

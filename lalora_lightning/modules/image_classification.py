@@ -62,7 +62,7 @@ class ImageClassificationModule(TaskModule):
             if gradient_checkpointing:
                 self.model.set_grad_checkpointing()
             expected = timm.data.resolve_model_data_config(self.model)
-            # timm returns the values of three channels for any in_chans.
+            # timm returns three values, even if in_chans is not 3.
             channels = (model_args or {}).get("in_chans", 3)
             mean, std = expected["mean"][:channels], expected["std"][:channels]
         else:

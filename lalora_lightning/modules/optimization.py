@@ -12,10 +12,10 @@ __all__ = ["adamw_with_linear_decay", "parameter_groups"]
 def adamw_with_linear_decay(
     module: LightningModule, learning_rate: float, weight_decay: float, warmup: float
 ) -> OptimizerLRSchedulerConfig:
-    """Return AdamW over the trainable parameters, with a linear warmup and a linear decay to zero, step by step.
+    """Return AdamW over the trainable parameters, with linear warmup and linear decay to zero.
 
     Args:
-        module: A module that is attached to a Trainer, from which the length of the run is known.
+        module: A module that is attached to a Trainer, which provides the length of the run.
         learning_rate: Peak of the schedule.
         weight_decay: Applied to matrices only; biases and the parameters of norms are vectors.
         warmup: Fraction of the run's optimizer steps during which the rate rises from zero, in [0, 1).

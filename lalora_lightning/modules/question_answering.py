@@ -19,14 +19,14 @@ MAX_ANSWER_TOKENS = 30
 class QuestionAnsweringModule(TaskModule):
     """A transformers model that marks the answer in the context. All its parameters are trained unless it is adapted.
 
-    Batches are windows of contexts, as :class:`SquadDataModule` makes them. Logs ``train/loss``, ``val/loss`` and the
-    official scores in percent after ``val/`` and ``test/``: ``exact_match`` and ``f1``, and with ``no_answer`` the
-    other scores of :func:`squad_scores`.
+    Batches are windows of contexts from :class:`SquadDataModule`. Logs ``train/loss``, ``val/loss`` and, with the
+    prefixes ``val/`` and ``test/``, the official scores in percent: ``exact_match`` and ``f1``, and with ``no_answer``
+    also the other scores of :func:`squad_scores`.
 
     Args:
         name: A model on the Hub or a local model folder.
-        no_answer: Score as SQuAD 2.0, where questions may have no answer, instead of SQuAD 1.1. The score of no answer
-            is that of the first token.
+        no_answer: Score as SQuAD 2.0, where questions may have no answer, instead of SQuAD 1.1. The first token
+            represents "no answer".
         learning_rate: Peak of the schedule, see :class:`TaskModule`.
         weight_decay: Applied to matrices only.
         warmup: Fraction of the run during which the learning rate rises.
@@ -56,7 +56,7 @@ class QuestionAnsweringModule(TaskModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores of all answers."""
-        # Every process has the same numbers.
+        # compute() returns the same scores on every process.
         scores = self.val_metric.compute()
         self.log_dict({f"val/{name}": score for name, score in scores.items()}, sync_dist=True)
 
@@ -75,7 +75,7 @@ class QuestionAnsweringModule(TaskModule):
             inputs.pop(key) for key in ("question", "context", "references", "offsets")
         )
         out = self.model(**inputs)
-        # In low precision many spans would have equal scores.
+        # In lower precision, many spans would have equal scores.
         start, end = out.start_logits.float(), out.end_logits.float()
         spans = best_spans(start, end, offsets[..., 0] >= 0)
         texts = span_texts(contexts, offsets, *spans[1:])
@@ -85,7 +85,7 @@ class QuestionAnsweringModule(TaskModule):
 
 
 def best_spans(start_logits: Tensor, end_logits: Tensor, in_context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the spans in the context with the highest sum of start and end logit, of at most 30 tokens.
+    """Return the span of at most 30 context tokens with the highest sum of start and end logit, for each window.
 
     Args:
         start_logits: ``(N, T)``.

@@ -21,11 +21,12 @@ ROUGE_KEYS = ("rouge1", "rouge2", "rougeL")
 class Seq2SeqModule(TaskModule):
     """A transformers encoder-decoder, scored on the text it generates. All its parameters are trained unless adapted.
 
-    Batches hold ``input_ids`` and ``attention_mask`` ``(N, S)`` and ``labels`` ``(N, T)`` padded with -100, which the
-    loss ignores. Validation and test batches may hold ``references``, N texts; without them the labels are decoded.
+    Batches contain ``input_ids`` and ``attention_mask`` ``(N, S)`` and ``labels`` ``(N, T)`` padded with -100, which
+    the loss ignores. Validation and test batches may contain ``references``, N texts. Without them, the labels are
+    decoded.
 
-    Logs ``train/loss``, ``val/loss`` and, after ``val/`` and ``test/``, ``rouge1``, ``rouge2`` and ``rougeL``: the mean
-    F1 of the texts with Porter stemming, from 0 to 100.
+    Logs ``train/loss``, ``val/loss`` and, with the prefixes ``val/`` and ``test/``, ``rouge1``, ``rouge2`` and
+    ``rougeL``: the mean F1 of the texts with Porter stemming, from 0 to 100.
 
     Args:
         name: A model on the Hub or a local model folder, with its tokenizer.
@@ -33,8 +34,8 @@ class Seq2SeqModule(TaskModule):
         weight_decay: Applied to matrices only.
         warmup: Fraction of the run during which the learning rate rises.
         max_new_tokens: Generated texts have at most this many tokens.
-        num_beams: Beams of the search in testing; 1 is greedy.
-        val_beams: Beams of the search in validation, which is more frequent.
+        num_beams: Number of beams in testing; 1 is greedy decoding.
+        val_beams: Number of beams in validation, which is more frequent.
         generation: Further arguments of ``generate``, such as ``no_repeat_ngram_size``.
         gradient_checkpointing: Recompute activations instead of keeping them.
 
@@ -60,13 +61,12 @@ class Seq2SeqModule(TaskModule):
         self.tokenizer = load_pretrained(AutoTokenizer, name)
         self.num_beams, self.val_beams = num_beams, val_beams
         self.generation = {"max_new_tokens": max_new_tokens, **(generation or {})}
-        # Sums instead of lists of scores: they need no memory per text, and processes may see different numbers of
-        # texts.
+        # Running means need no memory per text, and processes may have different numbers of texts.
         rouge = MetricCollection({key: MeanMetric() for key in ROUGE_KEYS}, compute_groups=False)
         self.val_metrics, self.test_metrics = rouge.clone(prefix="val/"), rouge.clone(prefix="test/")
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """Return the model's loss; the references are not among its inputs."""
+        """Return the model's loss, without passing the references to the model."""
         return self.model(**{key: value for key, value in batch.items() if key != "references"}).loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

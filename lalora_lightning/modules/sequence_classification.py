@@ -20,9 +20,9 @@ __all__ = ["SequenceClassificationModule"]
 class SequenceClassificationModule(TaskModule):
     """A transformers model with a classification head. All its parameters are trained unless it is adapted.
 
-    Batches hold the output of a tokenizer, padded, and ``labels``: ``(N,)`` int64 classes or float targets. Logs
-    ``train/loss``, ``val/loss`` and, after ``val/`` and ``test/``: ``accuracy`` and ``matthews``, with two classes also
-    ``f1`` of class 1; for regression ``pearson`` and ``spearman``.
+    Batches contain the padded output of a tokenizer and ``labels``: ``(N,)`` int64 classes or float targets. Logs
+    ``train/loss``, ``val/loss`` and metrics with the prefixes ``val/`` and ``test/``: ``accuracy`` and ``matthews``,
+    and with two classes also ``f1`` of class 1; for regression, ``pearson`` and ``spearman``.
 
     Args:
         name: A model on the Hub or a local model folder.
@@ -65,7 +65,7 @@ class SequenceClassificationModule(TaskModule):
 
     def _evaluate(self, batch: dict[str, Tensor], metrics: MetricCollection) -> Tensor:
         out = self.model(**batch)
-        # Correlations sum over all examples, which needs float32.
+        # Correlations sum over all examples, so they need float32.
         predictions = out.logits.float().squeeze(-1) if out.logits.shape[-1] == 1 else out.logits.argmax(-1)
         metrics.update(predictions, batch["labels"])
         return out.loss

@@ -30,8 +30,8 @@ def exact_match(prediction: str, reference: str) -> float:
 def f1_score(prediction: str, reference: str, no_answer: bool = False) -> float:
     """Return the harmonic mean of precision and recall over the normalized words.
 
-    If normalization leaves no words in one of the texts, version 1.1 returns 0; version 2.0 (``no_answer``) returns 1
-    if it leaves none in the other either, else 0.
+    If one of the texts has no words after normalization, the result is 0. With ``no_answer`` (version 2.0), it is 1 if
+    neither text has any words.
 
     >>> f1_score("the red house", "a big red house")
     0.8
@@ -82,7 +82,7 @@ def squad_scores(
     scores: dict[str, float] = {}
     best: dict[str, float] = {}
     answerable = [bool(texts) for texts in references]
-    # The official rule: answers that normalization leaves empty do not count, unless there is no other.
+    # As in the official script, answers that are empty after normalization do not count, unless all are empty.
     counted = [[text for text in texts if normalize(text)] or [""] for texts in references]
     pairs = list(zip(predictions, counted, strict=True))
     for name, raw in (
@@ -108,9 +108,9 @@ def best_threshold(
 ) -> tuple[float, float]:
     """Return the best mean score over all thresholds on the no-answer probability, in percent, and its threshold.
 
-    As in the official script, no question counts as answered at first. Then one more is answered at a time, in the
-    order of their probabilities; questions with equal probabilities keep their order. If thresholds are equally good,
-    the lowest is returned.
+    As in the official script, no question counts as answered at first. Then the questions are answered one by one, in
+    ascending order of their no-answer probabilities; ties keep the order of the questions. If several thresholds are
+    equally good, the lowest one is returned.
 
     Args:
         scores: Score of each question if it is answered.
@@ -132,8 +132,8 @@ class Answer(NamedTuple):
 
     Attributes:
         score: Sum of the start and end logits of the span.
-        null_score: Lowest sum of the start and end logits of the first token, which stands for no answer, over the
-            windows.
+        null_score: Sum of the start and end logits of the first token, which represents "no answer"; the lowest one of
+            all windows.
         text: Text of the span.
         references: All correct answers.
     """

@@ -1,4 +1,4 @@
-"""What the task modules share: the training step, the optimizer and the schedule."""
+"""TaskModule: the training step, optimizer and schedule of all task modules."""
 
 from typing import Any
 

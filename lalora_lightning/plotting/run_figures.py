@@ -38,7 +38,7 @@ def plot_rank_trajectories(source: Source) -> Figure:
     heat, total = figure.subplots(
         2, 1, sharex=True, gridspec_kw={"height_ratios": [max(1.5, min(5.0, 0.12 * layers)), 1]}
     )
-    # Ranks hold until the next logged step, so the column of a step ends there.
+    # A rank applies until the next logged step, so the column of a step ends there.
     last = run.steps[-1] if len(run.steps) == 1 else 2 * run.steps[-1] - run.steps[-2]
     edges = [*run.steps, max(last, run.steps[-1] + 1)]
     columns = [list(column) for column in zip(*run.ranks, strict=True)]
@@ -51,13 +51,13 @@ def plot_rank_trajectories(source: Source) -> Figure:
 
 
 def plot_rank_lines(source: Source) -> Figure:
-    """Plot the rank of every layer over training, one line each; equal ranks are set apart by up to 1/3 rank."""
+    """Plot the rank of every layer over training, one line each; lines are shifted by up to 1/3 rank."""
     run = read_run(source)
     layers = len(run.layer_names)
     shifts = [0.0 if layers == 1 else 0.66 * i / (layers - 1) - 0.33 for i in range(layers)]
     shifted = [[rank + shift for rank, shift in zip(row, shifts, strict=True)] for row in run.ranks]
     figure, axes = _lines_by_depth(run.steps, shifted, run.layer_names, drawstyle="steps-post")
-    axes.set_ylabel("rank (equal ranks set apart)" if layers > 1 else "rank")
+    axes.set_ylabel("rank (lines shifted)" if layers > 1 else "rank")
     axes.set_ylim(0.5, run.max_rank + 0.5)
     return figure
 
@@ -167,7 +167,7 @@ def _lines_by_depth(
     from matplotlib.figure import Figure
 
     layers = len(layer_names)
-    # Without the end of viridis, which is too light for lines on white.
+    # The end of viridis is too light for lines on white.
     colors = [colormaps["viridis"](0.88 * i / max(layers - 1, 1)) for i in range(layers)]
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""Reports of a run: a page, and the table that is printed after training (:mod:`lalora_lightning.report.console`)."""
+"""Reports of a run: an HTML page, and the table printed after training."""
 
 from lalora_lightning.report.page import figures, main, tables, write_report
 

@@ -19,7 +19,7 @@ __all__ = ["HEADER", "print_rank_report", "rank_rows", "rank_totals"]
 HEADER = ("layer", "rank", "contribution", "growth, %/step", "share of maximum")
 
 _BAR = 16
-# Columns that are left for the names of the layers, of 80, with the bars and without.
+# Width of the layers' names, with and without the bars, so that lines have at most 80 columns.
 _NAME_BESIDE_BAR, _NAME = 26, 44
 
 
@@ -27,7 +27,7 @@ def print_rank_report(allocator: RankAllocator, model: nn.Module) -> None:
     """Print a table of the layers and lines of totals, at most 80 columns wide.
 
     Args:
-        allocator: An allocator that has taken its last step, whose contributions and growth rates are printed.
+        allocator: An allocator after its last step.
         model: The adapted model.
     """
     prefix, names = split_common_prefix(allocator.layer_names)
@@ -71,7 +71,7 @@ def rank_totals(allocator: RankAllocator, model: nn.Module) -> str:
 
 
 def _end(name: str, width: int) -> str:
-    """Return the end of a name that is too long.
+    """Shorten a long name to its end.
 
     >>> _end("decoder.block.0.layer", 12)
     '...k.0.layer'

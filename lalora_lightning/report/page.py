@@ -29,10 +29,11 @@ _STYLE = (
 
 
 def write_report(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> Path:
-    """Write ``report.html``, which contains its figures, and the figures as PNG files into a folder.
+    """Write a self-contained ``report.html``, and its figures as PNG files, into a folder.
 
     Args:
-        source: A folder with the logs of one run, or a Trainer's checkpoint; see :func:`runs.read_run`.
+        source: A folder with the logs of one run, or a Trainer's checkpoint, see
+            :func:`lalora_lightning.runs.read_run`.
         output: The folder. It is created if needed; an older report in it is overwritten.
 
     Returns:
@@ -97,7 +98,7 @@ def figures(run: Run) -> dict[str, Figure]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; errors of :func:`write_report` end it with a message."""
+    """Run the command; if :func:`write_report` fails, exit with its error message."""
     parser = argparse.ArgumentParser("python -m lalora_lightning.report", description=__doc__)
     parser.add_argument("source", type=Path, metavar="LOG_FOLDER", help="folder of one run's logs, or a checkpoint")
     parser.add_argument("--output", type=Path, help="folder to write to; by default LOG_FOLDER/report")

@@ -13,7 +13,7 @@ __all__ = ["read_checkpoint"]
 
 
 def read_checkpoint(path: Path) -> Run:
-    """Read a run from the history that LaLoraCallback keeps, and from the weights and hyperparameters beside it.
+    """Read a run from the history of a LaLoraCallback, and from the weights and hyperparameters in the checkpoint.
 
     Raises:
         ValueError: The file is damaged or not a checkpoint, or has no history of ranks.
@@ -24,7 +24,7 @@ def read_checkpoint(path: Path) -> Run:
     states = [state for state in callbacks.values() if isinstance(state, Mapping) and needed <= state.keys()]
     if not states:
         raise ValueError(
-            f"Expected {path} to hold the state of a LaLoraCallback but it has none; give a checkpoint of a Trainer "
+            f"Expected {path} to hold the state of a LaLoraCallback but it has none; pass a checkpoint of a Trainer "
             "with a LaLoraCallback."
         )
     (state, *_) = states

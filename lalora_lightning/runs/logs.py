@@ -29,9 +29,9 @@ _Metrics = Mapping[str, Mapping[int, float]]
 
 
 def run_folders(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return the folders below a folder, itself included, that hold logs of a run.
+    """Return all folders with the logs of a run, among a folder and its subfolders.
 
-    These are the folders with CSV logs, or if there are none, those with TensorBoard's.
+    These are the folders with CSV logs. If there are none, they are the folders with TensorBoard logs.
     """
     folder = Path(folder)
     return sorted({file.parent for file in folder.rglob(_METRICS)}) or sorted(
@@ -60,7 +60,7 @@ def read_logs(path: Path) -> Run:
     (logs,) = folders
     settings: dict[str, Any] = {}
     summary: dict[str, Any] = {}
-    # From the given folder down to that of the logs, which takes precedence.
+    # From the given folder down to the folder of the logs, whose settings take precedence.
     for folder in (*reversed(logs.parents), logs):
         if folder == path or path in folder.parents:
             settings |= read_settings(folder)

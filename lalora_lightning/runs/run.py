@@ -1,4 +1,4 @@
-"""What is known about a training run."""
+"""Run: the logged values of a training run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

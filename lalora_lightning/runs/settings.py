@@ -1,4 +1,4 @@
-"""Settings and summary of a run, from the YAML and JSON files beside its logs."""
+"""Settings and summary of a run, from the YAML and JSON files next to its logs."""
 
 import json
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ def flat(settings: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Reads Python objects, which Lightning writes among the hyperparameters, as their names."""
+    """Reads Python objects in the hyperparameters, as Lightning writes them, as their names."""
 
 
 _PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", lambda loader, suffix, node: suffix.partition(":")[2])

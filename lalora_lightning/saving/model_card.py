@@ -17,14 +17,14 @@ def model_card(ranks: Mapping[str, int], config: Mapping[str, Any], facts: Mappi
     Args:
         ranks: Rank of each adapted projection.
         config: The adapter's ``adapter_config.json``.
-        facts: What else the card says: scores, settings of the run, data.
+        facts: Further rows of the card, such as scores, settings of the run and data.
     """
     base = config["base_model_name_or_path"]
     if base is not None and (Path(base).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base)):
         # The Hub rejects a card that names a local folder.
         base = None
     metadata = {"base_model": base, "library_name": "peft", "tags": ["lora", "la-lora", "lalora-lightning"]}
-    # JSON is YAML.
+    # Every JSON value is also valid YAML.
     front = [f"{key}: {json.dumps(value)}" for key, value in metadata.items() if value is not None]
     settings = {
         "base model": base or "not known",

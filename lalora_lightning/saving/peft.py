@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format: exporting what was trained here, and importing what PEFT trained."""
+"""Exporting adapters to PEFT's format and importing adapters from it."""
 
 import os
 import re
@@ -25,7 +25,7 @@ from lalora_lightning.saving.peft_folder import local_folder, read_folder, write
 
 __all__ = ["load_peft_adapter", "push_peft_adapter", "save_peft_adapter"]
 
-# PEFT wraps a model twice.
+# PEFT wraps a model in two modules of these names.
 _PREFIX = "base_model.model."
 
 
@@ -36,23 +36,25 @@ def save_peft_adapter(
     overwrite: bool = False,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the adapters, at their current ranks, and everything else that is trained, so that PEFT can load them.
+    """Write the adapters, at their current ranks, and the trained head in PEFT's format.
 
     ``PeftModel.from_pretrained(base_model, folder)`` and transformers' ``model.load_adapter(folder)`` read the folder.
-    Its ``README.md`` is the model card: base model, ranks, and the given facts. The scaling is folded into ``lora_B``.
-    Adapters of the slices of a fused projection become one adapter of the whole projection, with as many times the rank
-    and rows of zeros where nothing is adapted. Where initial factors are subtracted, the adapter has twice the rank.
+    ``README.md`` is the model card, with base model, ranks, and the given facts. The exported ``lora_B`` includes the
+    scaling. If slices of a fused projection are adapted, they become one adapter of the whole projection: its rank is
+    the sum of the ranks of the slices, and the rows of ``lora_B`` outside of the slices are zero. If initial factors
+    are subtracted, the exported rank is twice as high.
 
     Args:
-        model: The adapted model itself, not the LightningModule around it: names have to be those of the base model.
-        folder: New or empty.
+        model: The adapted model itself, not the LightningModule around it, because names have to be those of the base
+            model.
+        folder: A new or empty folder.
         uniform: Pad all adapters with zero components to the highest rank, for engines that support one rank only.
-        overwrite: Replace an adapter in the folder and its model card; another ``README.md`` is kept.
-        facts: What else the model card says, such as ``{"accuracy": 0.87, "gamma": 2.0}``.
+        overwrite: Replace an adapter in the folder and its model card. A ``README.md`` that is no model card is kept.
+        facts: Further rows of the model card, such as ``{"accuracy": 0.87, "gamma": 2.0}``.
 
     Raises:
-        ValueError: The model has no LoRA layers, layers are merged, or parameters of the model itself are trained,
-            which PEFT cannot save.
+        ValueError: The model has no LoRA layers, a layer is merged, a layer is part of an ``nn.MultiheadAttention``, or
+            a trained parameter is a direct attribute of the model, which PEFT cannot save.
         FileExistsError: The folder is not empty.
     """
     _require_model_itself(model)
@@ -60,10 +62,10 @@ def save_peft_adapter(
     _require_exportable(model, layers)
     head = summarize(model).head
     if "" in head:
-        raise ValueError("Expected trained parameters to lie in modules but the model has some of its own.")
+        raise ValueError("Expected trained parameters to be in submodules but the model has some of its own.")
     folder = Path(folder)
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"Expected {folder} to be new or empty; give overwrite=True to replace an adapter in it.")
+        raise FileExistsError(f"Expected {folder} to be new or empty; set overwrite=True to replace an adapter in it.")
 
     factors = {name: layer.folded() for name, layer in layers.items()}
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
@@ -114,16 +116,16 @@ def push_peft_adapter(
         model: As in :func:`save_peft_adapter`, like ``uniform`` and ``facts``.
         repo_id: ``"user/name"``.
         uniform: Pad all adapters to the highest rank.
-        facts: What else the model card says.
-        private: Whether a new repository is private; by default as the organization has it.
-        token: By default the one that ``hf auth login`` stored.
+        facts: Further rows of the model card.
+        private: Whether a new repository is private; by default the organization's setting applies.
+        token: Access token; by default the one that ``hf auth login`` stored.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        ValueError: As in :func:`save_peft_adapter`; nothing has been uploaded then.
-        huggingface_hub.errors.HfHubHTTPError: The Hub rejects it.
+        ValueError: As in :func:`save_peft_adapter`. Nothing is uploaded.
+        huggingface_hub.errors.HfHubHTTPError: The Hub rejects the upload.
     """
     from huggingface_hub import HfApi
 
@@ -137,22 +139,23 @@ def push_peft_adapter(
 def load_peft_adapter(
     model: nn.Module, folder: str | os.PathLike[str], revision: str | None = None, token: str | None = None
 ) -> None:
-    """Adapt a model with a LoRA adapter that PEFT trained, to use it or to train it further.
+    """Adapt a model with a LoRA adapter that PEFT trained, for inference or further training.
 
-    All layers get the highest of the adapter's ranks as maximum rank. Those of a lower rank are filled up with new
-    components that the current rank leaves out. A :class:`RankAllocator` sets all ranks to 1 at first, unless it is
-    given ``gradual_budget=False``.
+    The maximum rank of all layers is the highest rank of the adapter. Layers of a lower rank are padded with new
+    components beyond the current rank. A :class:`RankAllocator` first sets all ranks to 1, unless it has
+    ``gradual_budget=False``.
 
     Args:
         model: The base model, without LoRA layers.
-        folder: With ``adapter_config.json`` and ``adapter_model.safetensors``; or ``"user/name"`` of a repository on
-            the Hub, if there is no such folder.
+        folder: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``; or the name ``"user/name"`` of
+            a repository on the Hub, if there is no such folder.
         revision: Branch, tag or commit of the repository.
-        token: For a private repository; by default the one that ``hf auth login`` stored.
+        token: Access token for a private repository; by default the one that ``hf auth login`` stored.
 
     Raises:
-        FileNotFoundError: The folder lacks one of the files, or there is no such repository, or no network.
-        ValueError: The adapter is of another kind, is damaged, or does not fit the model; nothing has changed then.
+        FileNotFoundError: The folder lacks one of the files, or the repository cannot be found or downloaded.
+        ValueError: The adapter is not a plain LoRA adapter, is damaged, or does not fit the model. The model is left
+            unchanged.
     """
     _require_model_itself(model)
     if lora_layers(model):
@@ -182,19 +185,19 @@ def load_peft_adapter(
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, re.error) as error:
             problems.append(f"{name}: {str(error).rstrip('.')}")
     if not factors:
-        problems.append("it holds no LoRA of a linear layer")
+        problems.append("it contains no LoRA adapter of a linear layer")
     if problems:
-        raise ValueError(f"Cannot adapt the model by {folder}: {'; '.join(problems)}.")
+        raise ValueError(f"Cannot adapt the model with {folder}: {'; '.join(problems)}.")
     insert_layers(model, layers, [p for name, p in named_parameters(model) if name in saved])
     model.load_state_dict(saved, strict=False)
 
 
 def _require_model_itself(model: nn.Module) -> None:
-    # By name, so that this file does not depend on Lightning.
+    # The class is compared by name, so that this file does not import Lightning.
     if any(kind.__name__ == "LightningModule" for kind in type(model).__mro__):
         raise ValueError(
-            f"Expected the model itself but got the LightningModule {type(model).__name__}, whose layers have names "
-            "that no base model has; give the attribute that holds the model, such as module.model."
+            f"Expected the model itself but got the LightningModule {type(model).__name__}, whose layers have "
+            "other names than those of the base model; pass the attribute with the model, such as module.model."
         )
 
 
@@ -217,7 +220,7 @@ def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _pattern(name: str, names: Mapping[str, Any]) -> str:
-    """Return a module's name as a pattern for PEFT, anchored if another name ends like it."""
+    """Return a module's name as a pattern for PEFT, anchored if another name ends with it."""
     return f"^{name}" if any(other.endswith(f".{name}") for other in names) else name
 
 
@@ -226,14 +229,14 @@ def _scaling(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]) -
     if rank == 0:
         raise ValueError("its rank is 0")
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    # As in PEFT, the first pattern that matches the end of the name counts.
+    # As in PEFT, the first pattern that matches the end of the name is used.
     alpha = next((a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), config.get("lora_alpha", 8))
     return lora_scaling(alpha, rank, bool(config.get("use_rslora")))
 
 
 @torch.no_grad()
 def _layer(module: nn.Module, pair: Mapping[str, Tensor], scaling: float, highest: int) -> TruncatedLoRALinear:
-    """Return a layer over a module with the factors of an adapter, up to the highest rank of all."""
+    """Return a layer around a module, with the factors of an adapter padded to the highest rank."""
     A, B = pair["A"], pair["B"]
     m, d = linear_shape(module)
     rank = len(A)

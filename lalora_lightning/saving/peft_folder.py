@@ -1,4 +1,4 @@
-"""The folder of an adapter in PEFT's format: its files, read and written, and repositories on the Hub."""
+"""The folder of an adapter in PEFT's format: reading, writing, and downloading it from the Hub."""
 
 import json
 import os
@@ -15,7 +15,7 @@ __all__ = ["CARD_FILE", "CONFIG_FILE", "WEIGHTS_FILE", "local_folder", "read_fol
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
 
-# Settings that change the function of a PEFT adapter and have no counterpart here.
+# Settings that change what a PEFT adapter computes and are not supported here.
 _UNSUPPORTED_SETTINGS = (
     "use_dora",
     "lora_bias",
@@ -36,7 +36,7 @@ _SUPPORTED_INITIALIZATIONS = ("True", "False", "gaussian", "eva", "orthogonal")
 
 
 def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], card: str) -> None:
-    """Write weights, config and model card, each of them completely or not at all.
+    """Write weights, config and model card, each of them atomically.
 
     A ``README.md`` that is not one of our model cards is kept.
     """
@@ -65,12 +65,12 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"Expected an adapter of PEFT in {folder} but it has no {file}.")
+            raise FileNotFoundError(f"Expected a PEFT adapter in {folder} but it has no {file}.")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         tensors = load_file(folder / WEIGHTS_FILE)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-        raise ValueError(f"Expected an adapter of PEFT in {folder} but it cannot be read ({error}).") from error
+        raise ValueError(f"Expected a PEFT adapter in {folder} but it cannot be read ({error}).") from error
     if not isinstance(config, dict):
         raise ValueError(
             f"Expected {CONFIG_FILE} in {folder} to hold an object but it holds a {type(config).__name__}."
@@ -80,10 +80,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def local_folder(folder: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:
-    """Return a local folder as it is, and the folder of a repository after downloading it from the Hub.
+    """Return the path of a local folder, or download a repository from the Hub and return its folder.
 
     Raises:
-        FileNotFoundError: There is no such folder and no such repository, or no network.
+        FileNotFoundError: There is no such folder, and no such repository can be downloaded.
     """
     if not isinstance(folder, str) or Path(folder).is_dir() or folder.count("/") != 1:
         return Path(folder)
@@ -95,8 +95,8 @@ def local_folder(folder: str | os.PathLike[str], revision: str | None, token: st
         return Path(snapshot_download(folder, revision=revision, token=token, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"Expected {folder!r} to be a folder or a repository on the Hub but it is no folder, and the Hub says: "
-            f"{first_line(error)}"
+            f"Expected {folder!r} to be a folder or a repository on the Hub but there is no such folder, and "
+            f"the Hub says: {first_line(error)}"
         ) from error
 
 

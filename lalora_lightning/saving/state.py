@@ -1,4 +1,4 @@
-"""Adapter-only state: what fine-tuning changed, without the backbone."""
+"""Adapter-only state dicts: everything that fine-tuning changed, without the frozen backbone."""
 
 import os
 from collections.abc import Mapping
@@ -34,8 +34,8 @@ _CANNOT_LOAD = "Cannot load the adapter state"
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return ``model.state_dict()`` without the backbone: adapters, ranks, other trainable parameters and buffers.
 
-    Parameters that are frozen now count as backbone, unless they belong to an adapter. To freeze a head, do so after
-    taking the state.
+    All frozen parameters count as backbone, unless they belong to an adapter. If you want to freeze the head, get the
+    state first.
 
     Raises:
         ValueError: The model has no LoRA layers.
@@ -45,21 +45,20 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | os.PathLike[str]) -> None:
-    """Load what :func:`lora_state_dict` returned, or what a Trainer's checkpoint holds of an adapted module.
+    """Load a state from :func:`lora_state_dict`, or the state of an adapted module from a Trainer's checkpoint.
 
-    A model without LoRA layers is adapted as the state describes. The adapters and the head are trainable then, and so
-    is everything else that an adapter-only state holds. Dropout is a setting of training and is not part of a state.
-    ``load_lora_state_dict(Classifier(), "best.ckpt")`` needs no settings of the run; only the backbone has to be the
-    same. A state of a module that held the model in an attribute, as a LightningModule does, can be loaded into the
-    model itself, too.
+    A model without LoRA layers is adapted first, as the state describes, so the settings of the run are not needed.
+    Only the backbone has to be the same: ``load_lora_state_dict(Classifier(), "best.ckpt")``. The adapters and the head
+    are then trainable, and so are all other parameters in an adapter-only state. Dropout is not part of a state. The
+    state of a LightningModule can also be loaded into the model that it contains.
 
     Args:
-        model: With the layers that the state was taken from, or without LoRA layers.
-        state: The state itself, or a file that ``torch.save`` or a Trainer wrote.
+        model: A model with the same LoRA layers as the state, or without LoRA layers.
+        state: The state dict, or a file that ``torch.save`` or a Trainer wrote.
 
     Raises:
-        ValueError: Keys are missing or unknown, or a value does not fit; the message lists them all, and nothing has
-            been loaded. Or the file is damaged.
+        ValueError: Keys are missing or unknown, or a value does not fit; the message lists all of them.
+            Or the file is damaged. Nothing is loaded.
     """
     if not isinstance(state, Mapping):
         state = _read(state)
@@ -75,7 +74,7 @@ def require_matching_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Check that a state, whole or adapter-only, fits an adapted model.
 
     Raises:
-        ValueError: Keys are missing or unknown, or a value does not fit; the message lists them all.
+        ValueError: Keys are missing or unknown, or a value does not fit; the message lists all of them.
     """
     own, layers = model.state_dict(), lora_layers(model)
     missing = [key for key in without_frozen(model, own) if key not in state]
@@ -83,7 +82,7 @@ def require_matching_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     unknown = [str(key) for key in state if key not in own]
     if unknown:
         problems.append(f"unknown keys: {', '.join(unknown)}")
-    # Extra state of other modules is theirs to check, and the code books of quantized layers vary in length.
+    # Other modules check their own extra state, and the code books of quantized layers vary in length.
     unchecked = _quantization_keys(model, own)
     for key, value in own.items():
         if key in state and not key.endswith("_extra_state") and key not in unchecked:
@@ -107,19 +106,19 @@ def require_matching_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def without_frozen(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state of the model without its frozen parameters; adapters stay in it even if they are frozen."""
+    """Return a state of the model without its frozen parameters; frozen adapters are kept."""
     frozen = frozen_names(model) | _quantization_keys(model, state)
     return {key: value for key, value in state.items() if key not in frozen}
 
 
 def frozen_names(model: nn.Module) -> set[str]:
-    """Return the names of the frozen parameters, without adapters."""
+    """Return the names of the frozen parameters, except for adapters."""
     factors = {f"{name}.{factor}".lstrip(".") for name in lora_layers(model) for factor in ("lora_A", "lora_B")}
     return {name for name, p in named_parameters(model, remove_duplicate=False) if not p.requires_grad} - factors
 
 
 def _without_root(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Cut the common prefix of the state's keys until the model has the layers by their names."""
+    """Remove leading parts that all keys share, until the names of the layers exist in the model."""
     modules = named_modules(model)
     layers = [str(key).removesuffix(".lora_B") for key in state if str(key).endswith(".lora_B")]
     prefix = ""
@@ -134,7 +133,7 @@ def _without_root(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, An
 
 
 def _quantization_keys(model: nn.Module, state: Mapping[str, Any]) -> set[str]:
-    """Return the keys of scales and code books, which a state holds of quantized layers beside their parameters."""
+    """Return the keys of scales and code books, which the state of a quantized layer contains."""
     prefixes = tuple(f"{name}." for name, module in named_modules(model).items() if is_quantized(module))
     parameters = {name for name, _ in named_parameters(model, remove_duplicate=False)}
     return {key for key in state if prefixes and key.startswith(prefixes) and key not in parameters}
@@ -150,7 +149,7 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 
 def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Insert the layers of a state into a plain model; undo it if the state does not fit then."""
+    """Insert the layers of a state into a plain model, and remove them if the state does not fit."""
     layers = _described_layers(model, state)
     trainable = [p for p in model.parameters() if p.requires_grad]
     trained = find_head(model, layers)
@@ -164,13 +163,13 @@ def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise ValueError(
-            f"{error} If the run trained other modules in full than the head that was found, or none, call add_lora "
+            f"{error} If the run trained modules in full that differ from the task head, call add_lora "
             "with its settings (modules_to_save) first."
         ) from error
 
 
 def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, TruncatedLoRALinear]:
-    """Return new layers over the model's own, by name, as a state describes them."""
+    """Return new layers around modules of the model, by name, as a state describes them."""
     layers, problems = {}, []
     modules = named_modules(model)
     for name in [key.removesuffix(".lora_B") for key in state if str(key).endswith(".lora_B")]:

@@ -1,6 +1,6 @@
-"""Time and operations of a rank change, by the number of layers and projections, with the shapes of LLaMA-70B.
+"""Time and operations of a rank update for different numbers of layers and projections of LLaMA-70B.
 
-The backbone is on the meta device. Only the adapters are real, since the allocator reads nothing else.
+The backbone is on the meta device. Only the adapters have values, because the allocator reads nothing else.
 
     python -m recipes.benchmarks.allocator
 """
@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lalora_lightning import RankAllocator, add_lora
 
-# In this order q, v, up and down each add a new shape of lora_A or lora_B.
+# In this order, each of q, v, up and down adds a new shape of lora_A or lora_B.
 PROJECTIONS = ("q_proj", "o_proj", "v_proj", "k_proj", "up_proj", "gate_proj", "down_proj")
 
 
@@ -29,7 +29,7 @@ def main(rank: int = 16, repeats: int = 20, json: Path | None = None) -> None:
 
     Args:
         rank: Maximum rank.
-        repeats: Counted steps of each size.
+        repeats: Measured steps of each size.
         json: File for the results.
     """
     device = default_device()
@@ -62,7 +62,7 @@ def main(rank: int = 16, repeats: int = 20, json: Path | None = None) -> None:
         ]
         for r in results
     ]
-    print(f"\nA rank change on LLaMA-70B's shapes, rank {rank}; {machine(device)}\n")
+    print(f"\nA rank update with the shapes of LLaMA-70B, rank {rank}; {machine(device)}\n")
     print(text_table(["layers", "projections", "adapter MiB", "operations", "ms"], rows))
     write_json(json, {"rank": rank, "machine": machine(device), "results": results})
 

@@ -1,4 +1,4 @@
-"""Sizes of complete and of adapter-only checkpoints after a step of AdamW.
+"""Sizes of full and adapter-only checkpoints after a step of AdamW.
 
 python -m recipes.benchmarks.checkpoints
 """
@@ -23,7 +23,7 @@ from lalora_lightning import LaLoraCallback, add_lora
 
 
 def main(rank: int = 8) -> None:
-    """Measure the sizes for RoBERTa-base with a head for two classes, compute them for LLaMA-7B, print a table.
+    """Measure the sizes for RoBERTa-base with a head for two classes, compute them for LLaMA-7B, and print a table.
 
     Args:
         rank: Maximum rank.
@@ -46,7 +46,7 @@ def main(rank: int = 8) -> None:
             f"{adapters / 2**20:,.1f}",
         ]
     )
-    print(text_table(["MiB", "complete", "adapter only"], rows))
+    print(text_table(["MiB", "full", "adapter only"], rows))
 
 
 class RobertaClassifier(pl.LightningModule):

@@ -1,4 +1,4 @@
-"""Parts that the benchmarks share: models of the paper's shapes, copies with shared weights, fair timing."""
+"""Common code of the benchmarks: models of the paper's shapes, copies with shared weights, fair timing."""
 
 import copy
 import json
@@ -77,28 +77,28 @@ def build_inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[s
 
 
 def share_weights(model: nn.Module) -> Any:
-    """Return a copy whose modules share the weights, so that many methods fit into memory at once."""
+    """Return a copy that shares the weights of the model, so that many methods fit into memory at once."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def interleave(
     steps: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Run all steps in turn, again and again, so that changes of the machine's speed affect all of them alike.
+    """Run all steps in turn, repeatedly, so that changes of the machine's speed affect all of them equally.
 
     Args:
         steps: The steps by name.
-        repeats: Counted runs of each step.
+        repeats: Measured runs of each step.
         device: The device, which is synchronized before and after each run.
-        warmup: Runs of each step before the counted ones.
+        warmup: Runs of each step before the measured ones.
 
     Returns:
-        The seconds of each counted run.
+        The seconds of each measured run, by the name of the step.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for repeat in tqdm(range(-warmup, repeats), desc="repeats"):
-        # Each repeat begins with another step, so that the order changes.
+        # Each repetition starts with another step, so that no step has a fixed position.
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
             _synchronize(device)
             start = time.perf_counter()
@@ -110,7 +110,7 @@ def interleave(
 
 
 def ratios(seconds: Mapping[str, list[float]], reference: str) -> dict[str, tuple[float, float, float]]:
-    """Return the quartiles of the ratio to the reference's time in the same repeat."""
+    """Return the quartiles of the ratio to the reference's time in the same repetition."""
     out = {}
     for name, own in seconds.items():
         out[name] = quartiles([a / b for a, b in zip(own, seconds[reference], strict=True)])

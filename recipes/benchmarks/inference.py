@@ -54,9 +54,9 @@ def main(
         batch_size: Number of prompts.
         prompt: Tokens of a prompt.
         tokens: Generated tokens.
-        rank: Maximum rank; La-LoRA's current ranks rise from 1 to it over the layers.
+        rank: Maximum rank; the current ranks of La-LoRA rise from 1 in the first layer to this rank in the last.
         precision: Precision of the weights.
-        repeats: Counted runs of each model.
+        repeats: Measured runs of each model.
         json: File for the results.
     """
     torch.manual_seed(0)
@@ -70,7 +70,7 @@ def main(
     }
     models["La-LoRA trimmed"] = build_ours(model, rank)
     trim_lora(models["La-LoRA trimmed"])
-    # Merging changes the weights, which the other models share.
+    # These are copies, because merging changes the weights that the other models share.
     for name, remove in (("La-LoRA merged", False), ("La-LoRA merged, remove=True", True)):
         models[name] = copy.deepcopy(models["La-LoRA"])
         merge_lora(models[name], remove=remove)
@@ -106,7 +106,7 @@ def main(
     print(
         f"\n{shape}, {batch_size} x {prompt} tokens, {tokens} generated, rank {rank}, {precision}; {machine(device)}\n"
     )
-    header = ["model", "first token ms", "later tokens ms", "tokens a second", "ratio to base", "weights MiB"]
+    header = ["model", "first token ms", "later tokens ms", "tokens per second", "ratio to base", "weights MiB"]
     print(text_table(header, rows))
     settings = {"shape": shape, "batch_size": batch_size, "prompt": prompt, "tokens": tokens, "rank": rank}
     write_json(json, {"settings": {**settings, "precision": precision, "machine": machine(device)}, "models": results})
@@ -130,8 +130,8 @@ def generate(model: nn.Module, inputs: torch.Tensor, tokens: int) -> tuple[float
 def held_mib(model: nn.Module) -> float:
     """Return the memory of all tensors that a model holds, in MiB.
 
-    These are parameters, buffers and other attributes of its modules, such as the copy of each base weight that a
-    merged layer keeps to be able to restore it. Tensors that share their memory are counted once.
+    These are parameters, buffers and other attributes of its modules, such as the copy of the base weight in a merged
+    layer. Tensors that share memory are counted once.
     """
     storages = {}
     for module in model.modules():

@@ -1,7 +1,7 @@
-"""Operations of a training step and of the allocator, counted by PyTorch's dispatcher: they do not vary.
+"""Operations of a training step and of the allocator, counted by PyTorch's dispatcher.
 
-The model is a 12-layer ViT of transformers with query and value adapted (24 linear layers). Operations are counted
-above those of the frozen backbone with gradients that flow through it. Views are free and are not counted.
+The model is a 12-layer ViT of transformers with query and value adapted (24 linear layers). The counts are in
+addition to those of the frozen backbone with gradients that flow through it. Views are free and are not counted.
 
     python -m recipes.benchmarks.operations
 """
@@ -34,7 +34,7 @@ from transformers import ViTConfig, ViTModel
 
 from lalora_lightning import RankAllocator, add_lora, lora_layers
 
-# Operations without a kernel. `_unsafe_view` is a view that autograd does not track.
+# Operations that run no kernel. `_unsafe_view` is a view that autograd does not track.
 _FREE = {"aten.detach", "aten.alias", "aten.lift_fresh", "aten._unsafe_view", "aten.empty", "aten.promote_types"}
 
 SYNCHRONIZING = ("aten._local_scalar_dense", "aten.equal", "aten.nonzero", "aten.masked_select")
@@ -67,7 +67,7 @@ class OperationCounter(TorchDispatchMode):
 
 
 def count_step(model: nn.Module, images: Tensor) -> tuple[int, int]:
-    """Return the operations of a forward and of a backward pass. A pass before them has created the gradients."""
+    """Return the operations of a forward and of a backward pass, measured after a first pass."""
     counts = []
     for _ in range(2):
         model.zero_grad(set_to_none=True)
@@ -81,7 +81,7 @@ def count_step(model: nn.Module, images: Tensor) -> tuple[int, int]:
 
 
 def step_counts(depth: int = 12, rank: int = 8) -> dict[str, tuple[float, float]]:
-    """Return the operations (forward, backward) of several methods per adapted linear layer, above the backbone's."""
+    """Return the additional operations (forward, backward) per adapted linear layer for several methods."""
     config = ViTConfig(
         hidden_size=64, num_hidden_layers=depth, num_attention_heads=4, intermediate_size=128, image_size=32,
         patch_size=8,
@@ -173,7 +173,7 @@ def compiled_graphs(rank_changes: int = 50) -> tuple[int, float]:
 def main() -> None:
     """Print the counts."""
     rows = [[name, f"{forward:.2f}", f"{backward:.2f}"] for name, (forward, backward) in step_counts().items()]
-    print("Operations per adapted linear layer above the frozen backbone (ViT, 12 layers, query and value):\n")
+    print("Operations per adapted linear layer in addition to the frozen backbone (ViT, 12 layers, query and value):\n")
     print(text_table(["method", "forward", "backward"], rows))
     print("\nOperations of one allocator step:\n")
     counts = allocator_counts((6, 12, 24, 48, 96))

@@ -1,4 +1,4 @@
-"""A long run of a tiny model that logs everything at every step: memory must not grow and ranks stay in bounds.
+"""A long run of a tiny model with all values logged at every step, to check that memory does not grow.
 
 python -m recipes.benchmarks.soak --steps 20000
 """
@@ -26,7 +26,7 @@ WINDOW = 1000
 
 
 def main(steps: int = 20_000, epoch: int = 100) -> None:
-    """Train, validate and save a checkpoint every epoch; print memory and ranks of the second and last 1,000 steps.
+    """Train, validate and save checkpoints; print memory and ranks of the second and the last 1,000 steps.
 
     Args:
         steps: Optimizer steps.
@@ -55,7 +55,7 @@ def main(steps: int = 20_000, epoch: int = 100) -> None:
     rows = [
         [name, f"{statistics.mean(memory):.1f}", f"{max(memory):.1f}", f"{min(ranks)} to {max(ranks)}"]
         for name, memory, ranks in (
-            # In the first thousand steps memory is still being allocated.
+            # During the first 1,000 steps, memory is still being allocated.
             ("second 1,000 steps", watch.memory[WINDOW : 2 * WINDOW], watch.totals[WINDOW : 2 * WINDOW]),
             ("last 1,000 steps", watch.memory[-WINDOW:], watch.totals[-WINDOW:]),
         )

@@ -1,6 +1,6 @@
 """Time and memory of a training step of La-LoRA and of PEFT's methods (Table 12 of the paper).
 
-All methods share one set of frozen weights and take turns in one process. A ratio compares steps of the same repeat.
+All methods share one set of frozen weights and run in turn in one process. Ratios compare steps of the same repetition.
 
     python -m recipes.benchmarks.training --shape roberta-base --batch_size 32 --length 128
     python -m recipes.benchmarks.training --shape llama-7b --precision bf16 --batch_size 4 --length 256 --json out.json
@@ -73,7 +73,7 @@ def main(
         dropout: Dropout of all adapters.
         precision: "fp32"; "bf16" for frozen weights in bfloat16; "autocast" for autocast to bfloat16.
         compile: Whether to compile the models.
-        repeats: Counted steps of each method.
+        repeats: Measured steps of each method.
         json: File for the results.
     """
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def main(
         }
         for name in BUILDERS
     }
-    # Its time is measured alone, since it is smaller than the spread of a whole step.
+    # The allocator is timed alone, because its time is smaller than the spread of a whole step.
     allocate = built["La-LoRA"][2]
     allocator = quartiles(interleave({"allocator": allocate}, 50, device, warmup=5)["allocator"])
     share = allocator[1] / statistics.median(seconds["our layers"])
@@ -112,7 +112,7 @@ def main(
     print(
         f"\n{shape}, batch {batch_size}, rank {rank}, {precision}{', compiled' if compile else ''}; {machine(device)}\n"
     )
-    print(text_table(["method", "ms a step", f"{unit} a second", "ratio to PEFT LoRA", kind], rows))
+    print(text_table(["method", "ms per step", f"{unit} per second", "ratio to PEFT LoRA", kind], rows))
     milliseconds = (1000 * allocator[0], 1000 * allocator[1], 1000 * allocator[2])
     print(f"\nThe allocator alone: {spread(milliseconds)} ms, {share:.2%} of a step of our layers.")
     settings = {
@@ -135,7 +135,7 @@ def train_step(
     inputs: dict[str, Tensor],
     autocast: bool,
 ) -> None:
-    """Do a forward and a backward pass, an optimizer step, and what the method does after it."""
+    """Do a forward pass, a backward pass, an optimizer step, and the method's own update after it."""
     with torch.autocast(next(iter(inputs.values())).device.type, torch.bfloat16, enabled=autocast):
         loss = model(**inputs)[0].float().square().mean()
     loss.backward()
@@ -172,7 +172,7 @@ def build_peft(model: PreTrainedModel, rank: int, dropout: float, compile: bool,
 
 
 def build_adalora(model: PreTrainedModel, rank: int, dropout: float, compile: bool) -> Built:
-    """Build PEFT's AdaLoRA from 1.5 times the rank down to it, as in its paper, with its allocator."""
+    """Build PEFT's AdaLoRA with its allocator and, as in its paper, an initial rank of 1.5 times the rank."""
     config = AdaLoraConfig(
         init_r=rank * 3 // 2, target_r=rank, lora_dropout=dropout, total_step=10_000, tinit=0, tfinal=100,
         target_modules=TARGETS[model.config.model_type],
@@ -202,7 +202,7 @@ def measure_memory(step: Callable[[], None], model: nn.Module, device: torch.dev
         device: Its device.
 
     Returns:
-        On a GPU the peak of a step, in MiB; on a CPU the tensors that the forward pass saves for the backward pass.
+        The memory in MiB: on a GPU, the peak of a step; on a CPU, the tensors saved for the backward pass.
     """
     step()
     if device.type == "cuda":
@@ -227,7 +227,7 @@ def measure_memory(step: Callable[[], None], model: nn.Module, device: torch.dev
 
 def _finish(model: nn.Module, compile: bool, after: Callable[[], None] | None = None) -> Built:
     trainable = [p for p in model.parameters() if p.requires_grad]
-    # The floor has no trainable parameters, and an optimizer needs at least one.
+    # The frozen backbone has no trainable parameters, and an optimizer needs at least one.
     optimizer = torch.optim.AdamW(trainable or [nn.Parameter(torch.zeros(1))], lr=1e-4)
     if compile:
         model.compile()

@@ -1,4 +1,4 @@
-"""Ranks of low-rank layers, this package's and peft's, and trainable parameters after cutting the layers to them."""
+"""Ranks and trimmed parameter counts of low-rank layers, both this package's and peft's."""
 
 from typing import Any
 
@@ -39,5 +39,5 @@ def _peft_layers(model: nn.Module) -> dict[str, Any]:
 
 
 def _kept_triplets(layer: Any) -> int:
-    """Count the singular triplets of an AdaLoRA layer that are not pruned; pruning sets the singular value to zero."""
+    """Count the singular triplets of an AdaLoRA layer that are not pruned, that is, not zero."""
     return int(layer.lora_E["default"].count_nonzero())

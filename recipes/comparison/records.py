@@ -13,12 +13,12 @@ Record = dict[str, Any]
 """A run: what was planned (task, method, settings, seed, ...) and what was measured."""
 
 SAME_COMPARISON = ("task", "task_settings", "learning_rates", "precision")
-"""Runs that agree in these keys are compared with each other."""
+"""Runs with equal values of these keys are compared with each other."""
 
 _SAME_RUN = (*SAME_COMPARISON, "method", "settings", "seed", "searched")
 
-# Settings that no method has any more, with the value that corresponds to the method as it is today. A record with
-# this value is a run of today's method; with any other value it keeps the setting and is another method's.
+# Settings that were removed, with the value that corresponds to the current method. A record with this value is a run
+# of the current method. A record with any other value keeps the setting and counts as another method.
 _REMOVED_SETTINGS = {
     "random_rank": {
         "lalora": False,
@@ -32,7 +32,7 @@ _REMOVED_SETTINGS = {
 
 
 def label(record: Record) -> str:
-    """Return the run's method and settings with today's names and defaults, whatever they were at the time."""
+    """Return the run's method and settings, with the current names and defaults."""
     return method_label(METHODS[record["method"]], record["settings"])
 
 
@@ -44,8 +44,8 @@ def run_key(record: Record) -> str:
 def read_records(path: Path) -> list[Record]:
     """Read all complete records of a file; an incomplete last line is ignored.
 
-    Settings that were added to a method later get their default, since the run was done that way. Settings that were
-    removed are dropped if the run was done as it would be today.
+    Settings that were added to a method after the run get their default, which corresponds to the earlier behavior.
+    Removed settings are dropped if their value corresponds to the current method.
 
     Returns:
         The records; an empty list if there is no such file.
@@ -67,7 +67,7 @@ def append_record(path: Path, record: Record) -> None:
 
 
 def group_records(records: Iterable[Record], names: Sequence[str]) -> list[list[Record]]:
-    """Group records that agree in the values of these keys, in the order of their first records."""
+    """Group records with equal values of these keys; groups are in the order of their first records."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(_key(record, names), []).append(record)

@@ -18,7 +18,7 @@ from recipes.comparison.records import SAME_COMPARISON, Record, group_records, l
 __all__ = ["REFERENCE", "Row", "figures", "markdown", "summarize", "write_csv"]
 
 REFERENCE = "lora"
-"""Label of the method that differences refer to."""
+"""Label of the method to which the others are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Row:
     Attributes:
         task: Name of the task.
         task_settings: Settings of the task, as JSON.
-        learning_rates: The learning rates that were searched, or the one that was shared, as JSON.
+        learning_rates: The searched learning rates, or the shared learning rate, as JSON.
         precision: Precision of the Trainer.
         method: Name and settings of the method.
         metric: Name of the score.
@@ -43,8 +43,8 @@ class Row:
         seconds: Duration of training, mean.
         memory_mib: Peak memory in training, mean; None if it was not measured.
         learning_rate: The learning rate of the runs.
-        pairs: Number of seeds that the reference was run with, too.
-        difference: Mean difference to the reference over these seeds.
+        pairs: Number of seeds for which the reference was also run.
+        difference: Mean difference to the reference over these seeds; None without pairs.
         low: Lower end of the 95% bootstrap interval of the difference; None for a single pair.
         high: Upper end of the interval.
     """
@@ -111,7 +111,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Figure]:
-    """Return a figure of the scores of each comparison, by the task's name, numbered from the second one on."""
+    """Return a figure of the scores of each comparison by task; further ones of a task have a number."""
     by_name: dict[str, Figure] = {}
     for comparison in group_records([dataclasses.asdict(row) for row in rows], SAME_COMPARISON):
         name = comparison[0]["task"].replace("/", "-")

@@ -41,7 +41,7 @@ class TaskSettings:
         epochs: Length of a run on texts.
         steps: Length of a run on images, in optimizer steps.
         batch_size: Rows in a batch; by default 64 images or 32 texts.
-        cache: Folder for the small backbones that are pretrained here.
+        cache: Folder for the small backbones that this recipe pretrains.
     """
 
     glue_path: str = "nyu-mll/glue"
@@ -62,7 +62,7 @@ class ComparisonTask:
     Attributes:
         name: The name of the task in ``--tasks``.
         settings: Everything that the scores depend on, except method, seed and learning rate.
-        metric: Name of the score among the test's, such as ``test/accuracy``; in [-1, 1], higher is better.
+        metric: Name of the test metric that is the score, such as ``test/accuracy``; in [-1, 1], higher is better.
         learning_rate: Default peak learning rate.
         steps: Length of a run in optimizer steps; -1 if it is given in epochs.
         epochs: Length of a run in epochs; None if it is given in steps.
@@ -86,7 +86,7 @@ def build_task(name: str, settings: TaskSettings) -> ComparisonTask:
 
     Raises:
         ValueError: There is no task of this name.
-        FileNotFoundError: Data or model cannot be reached or found.
+        FileNotFoundError: Data or model cannot be found or downloaded.
     """
     if name not in TASKS:
         raise ValueError(f"Expected a task to be one of {', '.join(TASKS)} but got {name!r}.")
@@ -104,7 +104,7 @@ def _cifar10(settings: TaskSettings) -> ComparisonTask:
     """Classes 5 to 9 of CIFAR-10; the backbone is a small vision transformer pretrained on classes 0 to 4."""
     images, labels = _cifar10_images(settings.cifar10_path, "train")
     test_images, test_labels = _cifar10_images(settings.cifar10_path, "test")
-    # Each image and its mirror image are training images.
+    # The training images include the mirror image of each image.
     images, labels = torch.cat([images, images.flip(3)]), torch.cat([labels, labels])
     known, test_new = labels < 5, test_labels >= 5
 
@@ -171,7 +171,7 @@ def _glue(settings: TaskSettings, task: str) -> ComparisonTask:
     return ComparisonTask(
         f"glue/{task}",
         settings={
-            # The last two parts of a path: the location of the folder does not matter.
+            # Only the last two parts of a path, because the location of the folder does not matter.
             "model": "/".join(Path(settings.model).parts[-2:]),
             "epochs": settings.epochs,
             "batch_size": batch_size,
@@ -184,16 +184,16 @@ def _glue(settings: TaskSettings, task: str) -> ComparisonTask:
         steps=-1,
         epochs=settings.epochs,
         new_module=lambda learning_rate: _new_classifier(settings.model, data.num_labels, learning_rate),
-        # The order of the rows follows from the seed of the process.
+        # The seed of the process determines the order of the rows.
         loaders=lambda seed: ({"datamodule": data}, {"datamodule": data}),
     )
 
 
 def _new_classifier(name: str, num_labels: int, learning_rate: float) -> SequenceClassificationModule:
-    """Return a classifier in which a BERT's pooler and classifier are replaced by RoBERTa's head.
+    """Return a classifier; in BERT models, RoBERTa's head replaces the pooler and the classifier.
 
-    A pooler is considered pretrained and frozen. The pooler of sentence encoders was never trained, and a classifier on
-    top of it learns nothing.
+    Poolers count as pretrained and are frozen. The pooler of sentence encoders was never trained, so a classifier on
+    top of it does not learn anything.
     """
     module = SequenceClassificationModule(name, num_labels, learning_rate)
     if isinstance(module.model, BertForSequenceClassification):
@@ -220,11 +220,11 @@ def _cifar10_images(path: str, split: str) -> tuple[Tensor, Tensor]:
 
 
 def _cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Load tensors from a file, which is made first if it does not exist."""
+    """Load tensors from a file; create the file if it does not exist."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         made = {name: value.cpu() for name, value in make().items()}
-        # Another comparison may be making the same file.
+        # Another comparison may write the same file.
         with replaced_when_complete(path) as temporary:
             torch.save(made, temporary)
     return torch.load(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""One run of a comparison: training and testing a method on a task, and measuring what it costs."""
+"""One run of a comparison: training and testing a method on a task, and measuring time and memory."""
 
 import gc
 import importlib.metadata
@@ -31,8 +31,8 @@ class Costs(pl.Callback):
 
     Attributes:
         seconds: Duration.
-        memory_mib: On a GPU the most memory that was allocated in training; on a CPU the most memory that the process
-            held since it started; None on a CPU where it is not known.
+        memory_mib: Peak memory: on a GPU, the memory allocated in training; on a CPU, the memory of the process since
+            it started, or None if it is not known.
     """
 
     def __init__(self) -> None:
@@ -53,15 +53,15 @@ class Costs(pl.Callback):
 
 
 def train(task: ComparisonTask, plan: Record, title: str) -> Record:
-    """Train and test once.
+    """Train and test a method once.
 
     Args:
         task: The task.
         plan: The method, its settings, the seed, the learning rate and the precision.
-        title: Text before the name of the run in the progress bar.
+        title: Text in front of the name of the run in the progress bar.
 
     Returns:
-        What was measured.
+        The measured part of the record.
 
     Raises:
         NotApplicableError: The method cannot adapt the task's model.
@@ -80,7 +80,7 @@ def train(task: ComparisonTask, plan: Record, title: str) -> Record:
         precision=plan["precision"],
         callbacks=[*callbacks, costs, bar],
         logger=False,
-        # No choice depends on validation, and on a CPU it can take longer than training.
+        # Nothing depends on validation, which can take longer than training on a CPU.
         limit_val_batches=0,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -32,22 +32,22 @@ _METHODS = (
     Method(
         "lalora",
         "La-LoRA, Gu et al. 2025 (Neural Networks 194, 108095)",
-        "r (m + d) a projection at most",
+        "r (m + d) per projection at most",
         adapt_by_lalora,
         LaLoraCallback,
     ),
-    Method("lora", "LoRA, Hu et al. 2022 (arXiv 2106.09685)", "r (m + d) a projection", adapt_by_lora, add_lora),
+    Method("lora", "LoRA, Hu et al. 2022 (arXiv 2106.09685)", "r (m + d) per projection", adapt_by_lora, add_lora),
     Method(
         "adalora",
         "AdaLoRA, Zhang et al. 2023 (arXiv 2303.10512)",
-        "R (m + d + 1) a projection for the initial rank R",
+        "R (m + d + 1) per projection for the initial rank R",
         add_adalora,
     ),
-    Method("dora", "DoRA, Liu et al. 2024 (arXiv 2402.09353)", "r (m + d) + m a projection", add_dora),
+    Method("dora", "DoRA, Liu et al. 2024 (arXiv 2402.09353)", "r (m + d) + m per projection", add_dora),
     Method(
         "pissa",
         "PiSSA, Meng et al. 2024 (arXiv 2404.02948)",
-        "r (m + d) a projection",
+        "r (m + d) per projection",
         adapt_by_lora,
         add_lora,
         {"init": "pissa"},
@@ -55,7 +55,7 @@ _METHODS = (
     Method(
         "milora",
         "MiLoRA, Wang et al. 2024 (arXiv 2406.09044)",
-        "r (m + d) a projection",
+        "r (m + d) per projection",
         adapt_by_lora,
         add_lora,
         {"init": "milora"},
@@ -63,14 +63,14 @@ _METHODS = (
     Method(
         "randlora",
         "RandLoRA, Albert et al. 2025 (arXiv 2502.00987)",
-        "n (r + min(m, d)) a projection with n = ceil(min(m, d) / r) bases",
+        "n (r + min(m, d)) per projection with n = ceil(min(m, d) / r) bases",
         add_randlora,
     ),
-    Method("vera", "VeRA, Kopiczko et al. 2024 (arXiv 2310.11454)", "m + r a projection", add_vera),
+    Method("vera", "VeRA, Kopiczko et al. 2024 (arXiv 2310.11454)", "m + r per projection", add_vera),
     Method(
         "lora_fa",
         "LoRA-FA, Zhang et al. 2023 (arXiv 2308.03303)",
-        "r m a projection",
+        "r m per projection",
         adapt_by_lora,
         add_lora,
         {"freeze_A": True},
@@ -78,7 +78,7 @@ _METHODS = (
     Method(
         "dylora",
         "DyLoRA, Valipour et al. 2023 (arXiv 2210.07558)",
-        "r (m + d) a projection",
+        "r (m + d) per projection",
         adapt_by_dylora,
         add_lora,
     ),
@@ -88,20 +88,20 @@ _METHODS = (
     Method(
         "houlsby",
         "Houlsby et al. 2019 (arXiv 1902.00751)",
-        "2 (2 d b + b + d) a block",
+        "2 (2 d b + b + d) per block",
         partial(adapt_by_bottleneck, add_houlsby),
         presets={"bottleneck": 8},
     ),
     Method(
         "pfeiffer",
         "Pfeiffer et al. 2021 (arXiv 2005.00247)",
-        "2 d b + b + d a block",
+        "2 d b + b + d per block",
         partial(adapt_by_bottleneck, add_pfeiffer),
     ),
     Method(
         "adapterdrop",
         "AdapterDrop, Rücklé et al. 2021 (arXiv 2010.11918)",
-        "2 d b + b + d a block that keeps its adapter",
+        "2 d b + b + d per block that keeps its adapter",
         partial(adapt_by_bottleneck, add_pfeiffer),
         # The first 5 of 12 blocks.
         presets={"dropped": 5 / 12},
@@ -109,23 +109,23 @@ _METHODS = (
     Method(
         "series",
         "series adapter, Hu et al. 2023 (arXiv 2304.01933)",
-        "2 d b + b + d a block",
+        "2 d b + b + d per block",
         partial(adapt_by_bottleneck, add_series),
     ),
     Method(
         "parallel",
         "parallel adapter, He et al. 2022 (arXiv 2110.04366)",
-        "2 d b + b + d a block",
+        "2 d b + b + d per block",
         partial(adapt_by_bottleneck, add_parallel),
     ),
     Method(
         "prefix",
         "prefix tuning, Li and Liang 2021 (arXiv 2101.00190)",
-        "2 n d a block for n tokens",
+        "2 n d per block for n tokens",
         add_prefix,
     ),
     Method("prompt", "prompt tuning, Lester et al. 2021 (arXiv 2104.08691)", "n d for n tokens", add_prompt),
-    Method("ia3", "(IA)^3, Liu et al. 2022 (arXiv 2205.05638)", "2 d + f a block", add_ia3),
+    Method("ia3", "(IA)^3, Liu et al. 2022 (arXiv 2205.05638)", "2 d + f per block", add_ia3),
 )
 
 METHODS = {method.name: method for method in _METHODS}
@@ -133,7 +133,7 @@ METHODS = {method.name: method for method in _METHODS}
 
 
 def parse_method(spec: str) -> tuple[Method, dict[str, Any]]:
-    """Return the method and the settings that ``name`` or ``name:setting=value,...`` describes; values are YAML.
+    """Parse ``name`` or ``name:setting=value,...`` into a method and its settings; values are YAML.
 
     Raises:
         ValueError: There is no such method or setting, or the settings cannot be read.
@@ -167,4 +167,4 @@ def _number(value: Any, kind: type, what: str) -> float:
             return kind(number)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"Expected {what} to be {'a whole' if kind is int else 'a'} number but got {value!r}.")
+    raise ValueError(f"Expected {what} to be {'an integer' if kind is int else 'a number'} but got {value!r}.")

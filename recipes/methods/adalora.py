@@ -1,4 +1,4 @@
-"""AdaLoRA (arXiv 2303.10512): the layers of the peft library, and its penalty and rank allocator as a callback."""
+"""AdaLoRA (arXiv 2303.10512): the layers of the peft library, and a callback with the penalty and the allocator."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,18 +26,18 @@ def add_adalora(
     interval: int = 1,
     orthogonality: float = 0.1,
 ) -> list[pl.Callback]:
-    """Insert singular triplets, the less important of which are pruned, see :class:`AdaLoraCallback`.
+    """Insert layers with singular triplets; the returned callback prunes the less important ones.
 
     Args:
         module: The module to adapt.
-        rank: Mean rank of a projection at the end.
-        init_rank: Rank of every projection at the start, larger than ``rank``.
+        rank: Mean rank of the projections after training.
+        init_rank: Initial rank of every projection, larger than ``rank``.
         alpha: The adapters are scaled by ``alpha / init_rank``.
         dropout: Dropout on the adapters' input.
         target_modules: Names or a regular expression; by default query and value.
-        initial: Fraction of the run before pruning begins. This and ``final`` are close to the paper's for GLUE.
-        final: Fraction of the run, at its end, in which the ranks stay the same.
-        interval: Optimizer steps between two prunings.
+        initial: Fraction of the run before pruning begins. Like ``final``, close to the paper's settings for GLUE.
+        final: Fraction of the run at its end, during which the ranks are fixed.
+        interval: Optimizer steps between prunings.
         orthogonality: Weight of the penalty; the paper uses 0.1 to 0.5.
 
     Raises:
@@ -75,16 +75,16 @@ class AdaLoraCallback(pl.Callback):
     """AdaLoRA's part of the training loop: the orthogonality penalty and the rank allocator.
 
     The penalty is that of peft's ``AdaLoraModel``: the mean over all matrices P and Q of ``|P P^T - I|_F``, times its
-    weight. Its gradient is added before each optimizer step, so that models which return no loss get it, too. The
-    allocator runs after every optimizer step, while the gradients that it reads still exist.
+    weight. Its gradient is added before each optimizer step, so it also applies to models that do not return their
+    loss. The allocator runs after every optimizer step, while the gradients that it reads still exist.
 
     Args:
         tuner: peft's ``AdaLoraModel``.
         initial: Fraction of the run before pruning begins.
-        final: Fraction of the run, at its end, in which the ranks stay the same.
+        final: Fraction of the run at its end, during which the ranks are fixed.
     """
 
-    # State of peft's allocator: the importance of entries, its moving average and that of its uncertainty.
+    # State of peft's allocator: the importance of entries, and moving averages of it and of its uncertainty.
     _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
     def __init__(self, tuner: Any, initial: float, final: float) -> None:
@@ -94,7 +94,7 @@ class AdaLoraCallback(pl.Callback):
         self._last_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Set the schedule by the length of the run and move restored averages to the device."""
+        """Set the schedule for the length of the run, and move restored averages to the device."""
         steps = int(trainer.estimated_stepping_batches)
         config = self.tuner.peft_config["default"]
         config.total_step = steps
@@ -106,7 +106,7 @@ class AdaLoraCallback(pl.Callback):
             setattr(allocator, name, {key: value.to(pl_module.device) for key, value in averages.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the allocator's state that is not among the model's parameters."""
+        """Return the part of the allocator's state that is not in the model's parameters."""
         averages = {name: dict(getattr(self.tuner.rankallocator, name)) for name in self._AVERAGES}
         return {"rank_pattern": self.tuner.peft_config["default"].rank_pattern, "averages": averages}
 

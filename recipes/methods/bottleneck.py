@@ -2,7 +2,7 @@
 
 Houlsby et al. 2019 (arXiv 1902.00751), Pfeiffer et al. 2021 (arXiv 2005.00247), AdapterDrop (Rücklé et al. 2021, arXiv
 2010.11918), the series adapter (LLM-Adapters, Hu et al. 2023, arXiv 2304.01933) and the parallel adapter (He et al.
-2022, arXiv 2110.04366). They are inserted in place into BERT, RoBERTa, models of their layout, and timm's ViTs.
+2022, arXiv 2110.04366). They are inserted in place into BERT, RoBERTa, models with the same layout, and timm's ViTs.
 """
 
 from collections.abc import Callable, Sequence
@@ -61,7 +61,7 @@ def block_layout(block: nn.Module) -> BlockLayout:
 class SeriesAdapter(nn.Module):
     """A projection followed by a bottleneck adapter: ``h + U act(D h)`` with ``h = base_layer(x)``.
 
-    ``U`` is initialized to zero, so that a new adapter changes nothing.
+    ``U`` is initialized to zero, so a new adapter does not change the output.
 
     Args:
         base_layer: The frozen projection, to width d.
@@ -86,8 +86,8 @@ class SeriesAdapter(nn.Module):
 class WidenedInput(nn.Module):
     """The first projection of a feed-forward network, with ``down`` of a parallel adapter as additional hidden units.
 
-    The network applies its activation element by element between its two projections. An adapter beside it with the
-    same activation is therefore the same as a wider network.
+    The network applies its activation elementwise between its two projections. A parallel adapter with the same
+    activation is therefore equivalent to additional hidden units.
 
     Args:
         base_layer: The frozen projection, from width d to f hidden units.
@@ -128,13 +128,13 @@ class WidenedOutput(nn.Module):
 def adapt_by_bottleneck(
     add: Callable[[Sequence[nn.Module], int], None], module: nn.Module, bottleneck: int = 16, dropped: float = 0.0
 ) -> list[pl.Callback]:
-    """Add adapters to the blocks of a module and train them and the head.
+    """Add adapters to the blocks of a module, and freeze everything else except for the head.
 
     Args:
         add: One of ``add_houlsby``, ``add_pfeiffer``, ``add_series`` and ``add_parallel``.
         module: The module.
         bottleneck: Hidden width of the adapters.
-        dropped: Fraction of the blocks, the first ones, that get no adapters (AdapterDrop).
+        dropped: Fraction of the blocks without adapters, starting with the first block (AdapterDrop).
     """
     blocks = [module.get_submodule(name) for name in find_projections(module).blocks]
     freeze_backbone(module)
@@ -166,9 +166,10 @@ def add_series(blocks: Sequence[nn.Module], bottleneck: int) -> None:
 
 
 def add_parallel(blocks: Sequence[nn.Module], bottleneck: int) -> None:
-    """Add one adapter per block beside the feed-forward network: the same input, and its output is added.
+    """Add one adapter per block, parallel to the feed-forward network.
 
-    The adapter has the activation of the feed-forward network. He et al. use ReLU.
+    The adapter has the same input as the network, its output is added to that of the network, and it has the activation
+    of the network. He et al. use ReLU.
     """
     for block in blocks:
         layout = block_layout(block)

@@ -13,16 +13,17 @@ __all__ = ["DyLoraCallback", "adapt_by_dylora", "draw_ranks", "restore_full_rank
 
 
 def adapt_by_dylora(module: nn.Module, **settings: Any) -> list[pl.Callback]:
-    """Adapt the module by LoRA and return the callback that draws the ranks. The settings are those of LoRA."""
+    """Adapt the module with the settings of LoRA, and return the callback that draws the ranks."""
     add_lora(module, **settings)
     return [DyLoraCallback()]
 
 
 class DyLoraCallback(pl.Callback):
-    """Trains each batch at ranks that are drawn for it, a rank for each layer.
+    """Draws a random rank for each layer and batch.
 
-    Between batches all layers have their full rank: validation, tests and checkpoints see the whole adapter. Unlike in
-    the published code, the scaling stays ``alpha / rank`` at all drawn ranks, and each layer has a rank of its own.
+    Between batches, all layers have their maximum rank, so validation, tests and checkpoints use the whole adapter.
+    There are two differences from the published code: each layer has its own random rank, and the scaling is always
+    ``alpha / rank`` with the maximum rank.
     """
 
     def on_train_batch_start(
@@ -34,19 +35,19 @@ class DyLoraCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Return to the full ranks."""
+        """Restore the maximum ranks."""
         restore_full_ranks(lora_layers(pl_module).values())
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Return to the full ranks before a checkpoint of the interrupted run is saved."""
+        """Restore the maximum ranks before a checkpoint of the interrupted run is saved."""
         restore_full_ranks(lora_layers(pl_module).values())
 
 
 @torch.no_grad()
 def draw_ranks(layers: Iterable[TruncatedLoRALinear]) -> None:
-    """Set the rank of each layer to a uniform draw from 1 to its maximum rank.
+    """Set the rank of each layer to a random integer from 1 to its maximum rank.
 
-    The ranks are drawn on the layer's device and never read, so that the device is not synchronized.
+    The ranks are drawn on the layer's device, without synchronization.
     """
     for layer in layers:
         layer.rank.random_(1, layer.max_rank + 1)

@@ -1,4 +1,4 @@
-"""Splitting a fused query, key and value into three projections, for methods that adapt whole linear modules only."""
+"""Splitting a fused query, key and value projection, for methods that can only adapt whole linear modules."""
 
 from collections.abc import Iterable
 

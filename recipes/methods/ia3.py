@@ -1,4 +1,4 @@
-"""(IA)^3 (arXiv 2205.05638): trained factors on keys, values and hidden units, by the peft library."""
+"""(IA)^3 (arXiv 2205.05638) with the peft library: trained factors on keys, values and hidden units."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ from recipes.methods.projections import find_projections
 
 __all__ = ["UndecayedFactors", "add_ia3", "exempt_from_decay"]
 
-# The key projection that belongs to a query projection, by their names.
+# Names of the key projections, by the names of the query projections.
 KEY_NAMES = {"query": "key", "q_proj": "k_proj", "q": "k", "query_proj": "key_proj", "q_lin": "k_lin"}
 
 
@@ -33,10 +33,10 @@ def add_ia3(module: nn.Module) -> list[pl.Callback]:
 
 
 class UndecayedFactors(pl.Callback):
-    """Exempts the factors from weight decay: they are initialized to 1, and decay would pull them to 0."""
+    """Exempts the factors from weight decay, which would pull them from 1, their initial value, to 0."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Regroup the parameters of the optimizers, before the optimizers' states are restored from a checkpoint."""
+        """Regroup the parameters of the optimizers, before a checkpoint restores the states of the optimizers."""
         order = list(pl_module.parameters())
         factors = [p for name, p in pl_module.named_parameters() if "ia3_l" in name and p.requires_grad]
         for optimizer in trainer.optimizers:
@@ -44,14 +44,14 @@ class UndecayedFactors(pl.Callback):
 
 
 def exempt_from_decay(optimizer: Optimizer, exempt: Iterable[nn.Parameter], order: Iterable[nn.Parameter]) -> None:
-    """Move parameters to the group of the optimizer that has the same settings and no weight decay.
+    """Move parameters to a group of the optimizer with the same settings but without weight decay.
 
-    The number of groups stays the same, so that learning-rate schedulers, which hold a value for each group, still fit.
+    The number of groups does not change, because learning rate schedulers have one value per group.
 
     Args:
-        optimizer: The optimizer; parameters that it does not hold are ignored.
+        optimizer: The optimizer; parameters that it does not contain are ignored.
         exempt: The parameters to move.
-        order: All parameters of the model, in the order that each group keeps.
+        order: All parameters of the model; each group keeps this order.
 
     Raises:
         ValueError: The optimizer has no group to move them to.
@@ -68,8 +68,8 @@ def exempt_from_decay(optimizer: Optimizer, exempt: Iterable[nn.Parameter], orde
         undecayed = [g for g in optimizer.param_groups if g["weight_decay"] == 0 and _settings(g) == _settings(group)]
         if not undecayed:
             raise ValueError(
-                "Expected the optimizer to have a parameter group without weight decay and with otherwise the same "
-                "settings but it has none; add one in configure_optimizers()."
+                "Expected the optimizer to have a parameter group without weight decay and otherwise the same settings "
+                "but it has none; add one in configure_optimizers()."
             )
         group["params"][:] = [p for p in group["params"] if id(p) not in exempt_ids]
         undecayed[0]["params"].extend(moved)

@@ -1,4 +1,4 @@
-"""La-LoRA, and LoRA with its variants that :func:`lalora_lightning.add_lora` implements."""
+"""La-LoRA, LoRA, and the variants of LoRA in :func:`lalora_lightning.add_lora`."""
 
 from typing import Any
 
@@ -16,6 +16,6 @@ def adapt_by_lalora(module: nn.Module, **settings: Any) -> list[pl.Callback]:
 
 
 def adapt_by_lora(module: nn.Module, **settings: Any) -> list[pl.Callback]:
-    """Adapt the module at a fixed rank. PiSSA, MiLoRA and LoRA-FA differ in their settings only."""
+    """Adapt the module at a fixed rank; PiSSA, MiLoRA and LoRA-FA only differ in their settings."""
     add_lora(module, **settings)
     return []

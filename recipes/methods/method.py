@@ -1,4 +1,4 @@
-"""Method: what a fine-tuning method does to a model, and its settings."""
+"""Method: a fine-tuning method and its settings."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -16,14 +16,14 @@ __all__ = ["Method", "method_label"]
 
 @dataclass(frozen=True)
 class Method:
-    """A method of fine-tuning. Every method also trains the task head, which is found as La-LoRA finds it.
+    """A fine-tuning method. Every method also trains the task head, which is found in the same way as for La-LoRA.
 
     Attributes:
         name: The name of the method in ``--method``.
         reference: The publication.
-        parameters: The number of trainable parameters without the head, per projection (m x d), per block of width d
+        parameters: The number of trainable parameters without the head: per projection (m x d), per block of width d
             with f hidden units in its feed-forward network, or of the whole model.
-        build: Adapts a module in place by keyword settings and returns the callbacks that training needs.
+        build: A function that adapts a module in place, with keyword settings, and returns the callbacks for training.
         options: The callable whose keyword arguments are the settings; by default ``build``.
         presets: Settings that turn a more general method into this one.
     """
@@ -41,7 +41,7 @@ class Method:
         arguments = inspect.signature(self.options or self.build).parameters.values()
         defaults = {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
         for name in ("device", "dtype", "save_adapter_only"):
-            # They say where and how tensors are stored and do not change the method.
+            # These arguments determine where and how tensors are stored. They do not change the method.
             defaults.pop(name, None)
         return {**defaults, **self.presets}
 
@@ -53,7 +53,7 @@ class Method:
             settings: Settings of the method, see :attr:`defaults`.
 
         Returns:
-            The callbacks that training needs.
+            The callbacks for training.
 
         Raises:
             NotApplicableError: The method cannot adapt this model.

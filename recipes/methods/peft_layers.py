@@ -20,7 +20,7 @@ def add_dora(
     dropout: float = 0.0,
     target_modules: Sequence[str] | str | None = None,
 ) -> list[pl.Callback]:
-    """Train the directions of the columns by LoRA, and their magnitudes (arXiv 2402.09353)."""
+    """Train the directions of the weight's columns with LoRA, and their magnitudes (arXiv 2402.09353)."""
     from peft import LoraConfig
 
     targets = whole_projections(module, target_modules)
@@ -43,7 +43,7 @@ def add_randlora(
     dropout: float = 0.0,
     target_modules: Sequence[str] | str | None = None,
 ) -> list[pl.Callback]:
-    """Train diagonal combinations of frozen random bases: full-rank updates (arXiv 2502.00987)."""
+    """Train diagonal combinations of frozen random bases, which are full-rank updates (arXiv 2502.00987)."""
     from peft import RandLoraConfig
 
     targets = whole_projections(module, target_modules)
@@ -63,20 +63,20 @@ def add_vera(
     dropout: float = 0.0,
     target_modules: Sequence[str] | str | None = None,
 ) -> list[pl.Callback]:
-    """Train two vectors per projection around one frozen random pair of matrices for all (arXiv 2310.11454)."""
+    """Train two vectors per projection; all share a pair of frozen random matrices (arXiv 2310.11454)."""
     from peft import VeraConfig
     from peft.tuners.vera import VeraModel
 
     targets = whole_projections(module, target_modules)
     head = find_head(module, targets)
-    # The layers refer to the shared matrices, so that peft's wrapper around the model is not needed.
+    # The layers have references to the shared matrices, so peft's wrapper around the model is not needed.
     VeraModel(module, VeraConfig(r=shared_rank, vera_dropout=dropout, target_modules=targets), "default")
     train_head(module, head)
     return []
 
 
 def whole_projections(module: nn.Module, target_modules: Sequence[str] | str | None) -> list[str]:
-    """Return the names of the linear modules to adapt, after splitting fused projections that are adapted in part."""
+    """Split fused projections that are adapted in part, and return the names of the linear modules to adapt."""
     projections = find_projections(module, target_modules)
     if projections.fused:
         split_fused(module, projections.fused)
@@ -85,7 +85,7 @@ def whole_projections(module: nn.Module, target_modules: Sequence[str] | str | N
 
 
 def insert_peft_layers(module: nn.Module, config: Any, targets: Sequence[str]) -> None:
-    """Insert peft's layers and train them and the head.
+    """Insert peft's layers, and make them and the head trainable.
 
     Args:
         module: The module.

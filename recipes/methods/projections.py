@@ -1,4 +1,4 @@
-"""The projections and blocks that methods adapt, the same ones as La-LoRA."""
+"""The projections and blocks that methods adapt; they are the same as for La-LoRA."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Projections:
 
     Attributes:
         names: Names of the linear modules.
-        fused: Those of them that hold query, key and value in one weight.
+        fused: Names of the fused projections of query, key and value among them.
         blocks: Names of the transformer blocks that contain them.
     """
 

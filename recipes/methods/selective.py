@@ -32,8 +32,9 @@ def freeze_backbone(module: nn.Module, keep: Callable[[str], bool] = lambda name
     """Freeze all parameters except the head's and those that are selected by name.
 
     Args:
-        module: The module; its head is found as La-LoRA finds it.
-        keep: Whether a parameter of this name stays trainable. Parameters that are frozen already stay frozen.
+        module: The module; its head is found in the same way as for La-LoRA.
+        keep: A function that returns whether a parameter of this name stays trainable. Parameters that are already
+            frozen stay frozen.
     """
     head = find_head(module, find_projections(module).names)
     for name, parameter in module.named_parameters():

@@ -1,4 +1,4 @@
-"""Prefix and prompt tuning (arXiv 2101.00190, 2104.08691) by the peft library, for text classification."""
+"""Prefix and prompt tuning (arXiv 2101.00190, 2104.08691) with the peft library, for text classification."""
 
 import inspect
 from typing import Any
@@ -14,7 +14,7 @@ __all__ = ["add_prefix", "add_prompt"]
 
 
 def add_prefix(module: nn.Module, tokens: int = 16) -> list[pl.Callback]:
-    """Train keys and values of ``tokens`` virtual tokens before each block's own, without reparameterization."""
+    """Train keys and values of virtual tokens in front of those of each block, without reparameterization."""
     from peft import PrefixTuningConfig
 
     backbone = _text_classifier(module).base_model
@@ -28,9 +28,9 @@ def add_prefix(module: nn.Module, tokens: int = 16) -> list[pl.Callback]:
 
 
 def add_prompt(module: nn.Module, tokens: int = 20) -> list[pl.Callback]:
-    """Train the embeddings of ``tokens`` virtual tokens before the text.
+    """Train the embeddings of virtual tokens in front of the text.
 
-    An encoder's pooler reads the first token, which is then a virtual one.
+    The pooler of an encoder reads the first token, which is then a virtual token.
     """
     from peft import PromptTuningConfig
 
@@ -39,11 +39,11 @@ def add_prompt(module: nn.Module, tokens: int = 20) -> list[pl.Callback]:
 
 
 def _wrap(module: nn.Module, config: Any) -> None:
-    """Wrap the transformers model in ``module.model`` in peft's, which trains the virtual tokens and the head."""
+    """Wrap ``module.model`` in a peft model, which trains the virtual tokens and the head."""
     from peft import get_peft_model
 
     model = _text_classifier(module)
-    # peft finds a classifier by its name and misses DeBERTa's pooler, which is new as well.
+    # peft finds the classifier by name but not DeBERTa's pooler, which is also new.
     config.modules_to_save = sorted({name.split(".")[0] for name in find_head(model, find_projections(model).names)})
     module.model = get_peft_model(model, config)
 

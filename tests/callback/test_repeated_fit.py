@@ -62,7 +62,7 @@ def test_ranks_of_an_earlier_run_are_not_lost_in_silence(tmp_path: Path):
 
     module = TinyClassifier()
     load_lora_state_dict(module, tmp_path / "lora.ckpt")
-    with pytest.warns(UserWarning, match="trained already, and their ranks start anew"):
+    with pytest.warns(UserWarning, match="trained already, and their ranks are reset"):
         new_trainer(tmp_path, LaLoraCallback(rank=4), max_epochs=1).fit(module, loader())
 
 

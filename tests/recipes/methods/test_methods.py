@@ -165,7 +165,7 @@ def test_settings_are_read():
         ("lora:rank=[", "Expected settings as name:setting=value"),
         ("lora:alpha=big", "Expected alpha of lora to be a number but got 'big'"),
         ("lalora:gamma", "Expected gamma of lalora to be a number but got None"),
-        ("lora:rank=2.5", r"Expected rank of lora to be a whole number but got 2\.5"),
+        ("lora:rank=2.5", r"Expected rank of lora to be an integer but got 2\.5"),
     ],
 )
 def test_settings_that_there_are_not(spec: str, message: str):
