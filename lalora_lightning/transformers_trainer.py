@@ -1,5 +1,6 @@
 """LaLoraTrainerCallback: runs the rank allocator in transformers' Trainer."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from lalora_lightning import log_keys
+from lalora_lightning.adapters import GradientMonitor, enable_input_gradients, require_trainable
 from lalora_lightning.allocator import AllocationSettings, RankAllocator
 
 __all__ = ["LaLoraTrainerCallback"]
@@ -44,6 +46,7 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         AllocationSettings(**settings)
         self.settings = settings
         self.allocator: RankAllocator | None = None
+        self._gradients: GradientMonitor | None = None
         self.restored: dict[str, Any] | None = None
 
     def on_train_begin(
@@ -52,6 +55,9 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         """Build the allocator, and restore its state if the run is resumed."""
         model: nn.Module = kwargs["model"]
         self.allocator = RankAllocator(model, **self.settings)
+        require_trainable(model)
+        enable_input_gradients(model)
+        self._gradients = GradientMonitor(model)
         if state.global_step == 0:
             return
         # The Trainer only restores a callback if restore_callback_states_from_checkpoint is set. Its own state always
@@ -70,8 +76,11 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Pass the gradients to the allocator."""
+        """Pass the gradients to the allocator, and check in the first steps that they exist."""
         assert self.allocator is not None
+        warning = None if self._gradients is None else self._gradients.observe()
+        if warning is not None:
+            warnings.warn(f"La-LoRA: {warning}", stacklevel=2)
         self.allocator.observe_gradients()
 
     def on_optimizer_step(

@@ -169,3 +169,17 @@ def test_trainer_fabric_and_a_plain_loop_give_the_same_ranks(tmp_path: Path):
     assert len(set(map(tuple, expected))) > 3
     assert by_hand(None) == expected
     assert by_hand(Fabric(accelerator="cpu", devices=1)) == expected
+
+
+def test_transformers_trainer_says_that_adapters_do_not_learn(tmp_path: Path):
+    trainer = new_transformers_trainer(tmp_path, LaLoraTrainerCallback(), max_steps=6)
+    model = trainer.model.model
+    model.blocks.register_module("0", nn.Identity())
+    blocks = list(model.blocks)
+    model.forward = lambda x: model.head([x := block(x) for block in blocks][-1].mean(1).detach())
+    with pytest.warns(UserWarning, match="4 of 4 adapters get no gradient"):
+        trainer.train()
+    frozen = new_transformers_trainer(tmp_path, LaLoraTrainerCallback())
+    frozen.model.model.blocks.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="12 of 12 factors are frozen"):
+        frozen.train()

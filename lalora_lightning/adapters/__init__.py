@@ -1,6 +1,13 @@
 """Adapting a model: finding targets and the task head; inserting, inspecting, merging and removing layers."""
 
 from lalora_lightning.adapters.adaptation import add_lora
+from lalora_lightning.adapters.gradients import (
+    GradientMonitor,
+    disable_input_gradients,
+    enable_input_gradients,
+    require_gradients,
+    require_trainable,
+)
 from lalora_lightning.adapters.head import find_head
 from lalora_lightning.adapters.insertion import insert_layers, remove_layers
 from lalora_lightning.adapters.inspection import (
@@ -21,8 +28,11 @@ from lalora_lightning.names import GroupBy, group_names
 __all__ = [
     "AdapterSettings",
     "AdapterSummary",
+    "GradientMonitor",
     "GroupBy",
     "add_lora",
+    "disable_input_gradients",
+    "enable_input_gradients",
     "find_head",
     "find_targets",
     "group_names",
@@ -33,7 +43,9 @@ __all__ = [
     "named_modules",
     "named_parameters",
     "remove_layers",
+    "require_gradients",
     "require_lora_layers",
+    "require_trainable",
     "require_unmerged",
     "summarize",
     "trim_lora",

@@ -10,25 +10,29 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lalora_lightning import log_keys
 from lalora_lightning.adapters import (
     AdapterSettings,
+    GradientMonitor,
     add_lora,
+    disable_input_gradients,
+    enable_input_gradients,
     find_targets,
     linear_layers_seen,
     lora_layers,
     named_modules,
+    require_trainable,
     require_unmerged,
     summarize,
 )
 from lalora_lightning.allocator import AllocationSettings, Contribution, ContributionScale, Growth, RankAllocator
 from lalora_lightning.callback import compatibility, loggers
 from lalora_lightning.callback.checkpoint_hooks import AdapterCheckpoints
-from lalora_lightning.callback.checks import require_optimized
+from lalora_lightning.callback.checks import optimizers_hold_parameters, require_optimized
 from lalora_lightning.callback.history import Reading, record_reading
 from lalora_lightning.callback.state import random_state, require_callback_state, set_random_state
 from lalora_lightning.initialization import Init
@@ -178,6 +182,10 @@ class LaLoraCallback(AdapterCheckpoints):
         # The state that was loaded before the allocator was built.
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Tensor] | None = None
+        # In the first steps of a run: whether gradients reach the adapters.
+        self._gradients: GradientMonitor | None = None
+        # Models whose inputs were made to require gradients.
+        self._input_gradients: list[nn.Module] = []
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -212,7 +220,9 @@ class LaLoraCallback(AdapterCheckpoints):
                 f"target_modules if the projections have unusual names. {linear_layers_seen(named_modules(pl_module))}"
             )
         require_unmerged(layers)
+        require_trainable(pl_module)
         require_optimized(trainer, pl_module)
+        self._input_gradients = enable_input_gradients(pl_module)
         if self.allocator is not None and not self.allocator.drives(pl_module):
             self._forget()
         if self.fixed_ranks is not False:
@@ -240,6 +250,10 @@ class LaLoraCallback(AdapterCheckpoints):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make up for a missed rank update, and record the initial ranks."""
+        # Hooks of on_fit_start may have frozen them since.
+        require_trainable(pl_module)
+        if optimizers_hold_parameters(trainer, pl_module):
+            self._gradients = GradientMonitor(pl_module, patience=2 * len(trainer.optimizers))
         resumed = trainer.ckpt_path is not None and trainer.global_step > 0
         if self.allocator is not None and self._last_step is None and resumed:
             raise ValueError(
@@ -261,7 +275,10 @@ class LaLoraCallback(AdapterCheckpoints):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Pass the gradients to the allocator, before they are clipped."""
+        """Pass the gradients to the allocator, before they are clipped, and check in the first steps that they exist."""
+        warning = None if self._gradients is None else self._gradients.observe()
+        if warning is not None:
+            rank_zero_warn(f"La-LoRA: {warning}")
         if self.allocator is not None:
             self.allocator.observe_gradients()
 
@@ -301,6 +318,17 @@ class LaLoraCallback(AdapterCheckpoints):
                 logger.experiment.add_figure(log_keys.RANK_TRAJECTORIES, self.plot(), trainer.global_step)
         if compatibility.has_model_summary(trainer):
             print_rank_report(self.allocator, pl_module)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Restore what was changed in the module for the run."""
+        super().teardown(trainer, pl_module, stage)
+        self._stop_watching()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Restore what was changed in the module for the run."""
+        self._stop_watching()
 
     def plot(self) -> "Figure":
         """Draw the rank trajectories so far, see :func:`lalora_lightning.plotting.plot_rank_trajectories`.
@@ -348,6 +376,13 @@ class LaLoraCallback(AdapterCheckpoints):
     def _has_state(self) -> bool:
         """Whether fit has begun."""
         return self.allocator is not None or self._last_step is not None
+
+    def _stop_watching(self) -> None:
+        if self._gradients is not None:
+            self._gradients.close()
+            self._gradients = None
+        disable_input_gradients(self._input_gradients)
+        self._input_gradients = []
 
     def _forget(self) -> None:
         """Reset everything that belongs to a run with other layers."""

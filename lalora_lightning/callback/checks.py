@@ -4,20 +4,28 @@ import lightning.pytorch as pl
 
 from lalora_lightning.adapters import lora_layers
 
-__all__ = ["require_optimized"]
+__all__ = ["optimizers_hold_parameters", "require_optimized"]
+
+
+def optimizers_hold_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    """Return whether the optimizers hold parameters of the module.
+
+    Strategies that flatten or shard parameters give the optimizers others; then parameters and gradients of the module
+    tell nothing.
+    """
+    optimized = _optimized(trainer)
+    return any(id(p) in optimized for p in pl_module.parameters())
 
 
 def require_optimized(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Check that the optimizers contain all trainable parameters of the adapters.
 
-    If a strategy flattens or shards parameters, the optimizers contain other parameters and cannot be checked.
-
     Raises:
         RuntimeError: Parameters of adapters are missing in the optimizers.
     """
-    optimized = {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
-    if not any(id(p) in optimized for p in pl_module.parameters()):
+    if not optimizers_hold_parameters(trainer, pl_module):
         return
+    optimized = _optimized(trainer)
     forgotten = [
         f"{name}.{factor}"
         for name, layer in lora_layers(pl_module).items()
@@ -29,3 +37,7 @@ def require_optimized(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Non
             f"Expected the optimizers to contain all adapter parameters but they lack {len(forgotten)}, "
             f"{forgotten[0]} the first; build them in configure_optimizers() from self.parameters()."
         )
+
+
+def _optimized(trainer: pl.Trainer) -> set[int]:
+    return {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}

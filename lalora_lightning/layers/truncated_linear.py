@@ -121,6 +121,7 @@ class TruncatedLoRALinear(nn.Module):
         self.scaling = lora_scaling(alpha, rank, use_rslora)
         self.dropout = dropout
         self.init = init
+        self.freeze_A = freeze_A
         self.merged = False
         self._unmerged_weight: Tensor | None = None
 
