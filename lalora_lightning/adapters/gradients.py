@@ -1,4 +1,4 @@
-"""Whether adapters learn: they have to be trainable, and gradients have to reach them."""
+"""Checks that the adapters are trainable and that gradients reach them."""
 
 from collections.abc import Collection
 from typing import Any
@@ -25,10 +25,10 @@ _CAUSES = (
 
 
 def require_trainable(model: nn.Module) -> None:
-    """Check that all adapters are trainable that were inserted as trainable.
+    """Check that no adapter was frozen after it was inserted.
 
     Raises:
-        RuntimeError: Some are frozen.
+        RuntimeError: An adapter was frozen.
     """
     factors = {
         f"{name}.{factor}".lstrip("."): getattr(layer, factor)
@@ -46,9 +46,9 @@ def require_trainable(model: nn.Module) -> None:
 
 
 def require_gradients(model: nn.Module) -> None:
-    """Check that gradients reach the adapters; for plain loops, after the first backward pass.
+    """Check that gradients reach the adapters; call this in plain loops after the first backward pass.
 
-    A layer that the batch did not reach, such as an expert that no token was routed to, has no gradient either.
+    A layer that the batch did not use, such as an expert without tokens, has no gradient either.
 
     Raises:
         ValueError: The model has no LoRA layers.

@@ -275,7 +275,7 @@ class LaLoraCallback(AdapterCheckpoints):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Pass the gradients to the allocator, before they are clipped, and check in the first steps that they exist."""
+        """Pass the gradients to the allocator before they are clipped; in the first steps, check that they exist."""
         warning = None if self._gradients is None else self._gradients.observe()
         if warning is not None:
             rank_zero_warn(f"La-LoRA: {warning}")
