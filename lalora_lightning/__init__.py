@@ -39,14 +39,15 @@ __all__ = [
 ]
 
 # Searched in this order. The last one loads Lightning, which is the slowest import.
-_FOLDERS = ("layers", "adapters", "allocator", "saving", "callback")
+_MODULES = ("functional", "initialization", "layers", "adapters", "sparsity", "allocator", "saving", "callback")
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name (PEP 562)."""
+    """Load a public name or a module (PEP 562)."""
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name in __all__:
-        for folder in _FOLDERS:
-            module = import_module(f"{__name__}.{folder}")
+        for module in map(__getattr__, _MODULES):
             if name in module.__all__:
                 globals()[name] = getattr(module, name)
                 return globals()[name]
@@ -54,5 +55,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """List the public names, whether they are loaded or not."""
-    return sorted({*globals(), *__all__})
+    """List the public names and modules, whether they are loaded or not."""
+    return sorted({"__doc__", "__version__", *__all__, *_MODULES})

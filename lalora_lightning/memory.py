@@ -30,8 +30,10 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def resident_mib() -> float:
-    """Return the current resident memory of the process, in MiB; Linux only."""
+def resident_mib() -> float | None:
+    """Return the memory that the process holds now, in MiB, on Linux; None on other systems."""
+    if sys.platform != "linux":
+        return None
     import resource
 
     pages = int(Path("/proc/self/statm").read_text().split()[1])

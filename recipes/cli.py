@@ -21,7 +21,7 @@ from lalora_lightning.tables import text_table
 from recipes.console import quiet
 from recipes.methods import METHODS, Method, parse_method
 
-__all__ = ["RecipeCLI", "argument_options", "options_in", "run", "summarize_run"]
+__all__ = ["CONFIGS", "SHARED_SETTINGS", "Link", "RecipeCLI", "argument_options", "options_in", "run", "summarize_run"]
 
 CONFIGS = Path(__file__).parent / "configs"
 

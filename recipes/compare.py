@@ -33,7 +33,7 @@ from recipes.comparison.training import train
 from recipes.console import quiet
 from recipes.methods import METHODS, NotApplicableError, parse_method
 
-__all__ = ["Comparison", "compare", "write_report"]
+__all__ = ["SEARCH_SEED", "Comparison", "compare", "main", "write_report"]
 
 SEARCH_SEED = 1_000_000
 """Seed for the search of learning rates; the compared runs do not use it."""

@@ -29,6 +29,8 @@ from lalora_lightning.tables import text_table
 from recipes.console import mean_and_spread, quiet
 
 __all__ = [
+    "ADAPTATIONS",
+    "BACKBONE",
     "NamedProgressBar",
     "Result",
     "main",

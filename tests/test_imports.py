@@ -46,3 +46,9 @@ def test_all_public_names_can_be_loaded_and_no_other():
     assert (
         run("import lalora_lightning as l; print(hasattr(l, 'nothing'), set(l.__all__) <= set(dir(l)))") == "False True"
     )
+
+
+def test_modules_are_attributes_of_the_package():
+    modules = "functional initialization layers adapters sparsity allocator saving callback"
+    code = f"import lalora_lightning as l; print(*(getattr(l, n).__name__ for n in '{modules}'.split()))"
+    assert run(code) == " ".join(f"lalora_lightning.{name}" for name in modules.split())

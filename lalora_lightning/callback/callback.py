@@ -10,29 +10,24 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lalora_lightning import log_keys
 from lalora_lightning.adapters import (
     AdapterSettings,
-    GradientMonitor,
     add_lora,
-    disable_input_gradients,
-    enable_input_gradients,
     find_targets,
     linear_layers_seen,
     lora_layers,
     named_modules,
-    require_trainable,
-    require_unmerged,
     summarize,
 )
 from lalora_lightning.allocator import AllocationSettings, Contribution, ContributionScale, Growth, RankAllocator
 from lalora_lightning.callback import compatibility, loggers
 from lalora_lightning.callback.checkpoint_hooks import AdapterCheckpoints
-from lalora_lightning.callback.checks import optimizers_hold_parameters, require_optimized
+from lalora_lightning.callback.checks import LearningChecks
 from lalora_lightning.callback.history import Reading, record_reading
 from lalora_lightning.callback.state import random_state, require_callback_state, set_random_state
 from lalora_lightning.initialization import Init
@@ -172,8 +167,8 @@ class LaLoraCallback(AdapterCheckpoints):
         self.allocator: RankAllocator | None = None
         self.history: list[Reading] = []
         self._module: pl.LightningModule | None = None
-        # Whether this callback adapted the module, so that its settings apply.
-        self._adapted_here = False
+        # The layers that this callback inserted, to which its settings apply.
+        self._inserted: list[TruncatedLoRALinear] = []
         self._started = 0.0
         # The last step of the Trainer after which ranks were updated; None before a run.
         self._last_step: int | None = None
@@ -182,10 +177,7 @@ class LaLoraCallback(AdapterCheckpoints):
         # The state that was loaded before the allocator was built.
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Tensor] | None = None
-        # In the first steps of a run: whether gradients reach the adapters.
-        self._gradients: GradientMonitor | None = None
-        # Models whose inputs were made to require gradients.
-        self._input_gradients: list[nn.Module] = []
+        self._checks = LearningChecks()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -202,12 +194,12 @@ class LaLoraCallback(AdapterCheckpoints):
             compatibility.require_training_in_this_process(trainer)
             compatibility.require_averaging_after(trainer, self)
             add_lora(pl_module, **vars(self.adapter_settings))
-            self._adapted_here = True
+            self._inserted = list(lora_layers(pl_module).values())
             rank_zero_info(f"La-LoRA: {summarize(pl_module, self.allocation_settings.group_by)}")
         self.attach_hooks(trainer, pl_module)
         if stage == "fit":
             compatibility.require_compatible_averages(compatibility.callbacks_of(trainer), self.save_adapter_only)
-            loggers.log_settings(trainer, self._settings_of(pl_module))
+            loggers.prepare_loggers(trainer)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -219,10 +211,9 @@ class LaLoraCallback(AdapterCheckpoints):
                 "builds its model in setup() or configure_model() has to call add_lora(self) at the end of it, with "
                 f"target_modules if the projections have unusual names. {linear_layers_seen(named_modules(pl_module))}"
             )
-        require_unmerged(layers)
-        require_trainable(pl_module)
-        require_optimized(trainer, pl_module)
-        self._input_gradients = enable_input_gradients(pl_module)
+        self._checks.start_fit(trainer, pl_module)
+        # Not before: a module that builds its model in configure_model() has its layers only now.
+        loggers.log_settings(trainer, self._settings_of(pl_module))
         if self.allocator is not None and not self.allocator.drives(pl_module):
             self._forget()
         if self.fixed_ranks is not False:
@@ -250,10 +241,7 @@ class LaLoraCallback(AdapterCheckpoints):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make up for a missed rank update, and record the initial ranks."""
-        # Hooks of on_fit_start may have frozen them since.
-        require_trainable(pl_module)
-        if optimizers_hold_parameters(trainer, pl_module):
-            self._gradients = GradientMonitor(pl_module, patience=2 * len(trainer.optimizers))
+        self._checks.start_training(trainer, pl_module)
         resumed = trainer.ckpt_path is not None and trainer.global_step > 0
         if self.allocator is not None and self._last_step is None and resumed:
             raise ValueError(
@@ -276,9 +264,7 @@ class LaLoraCallback(AdapterCheckpoints):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Pass the gradients to the allocator before they are clipped; in the first steps, check that they exist."""
-        warning = None if self._gradients is None else self._gradients.observe()
-        if warning is not None:
-            rank_zero_warn(f"La-LoRA: {warning}")
+        self._checks.before_optimizer_step()
         if self.allocator is not None:
             self.allocator.observe_gradients()
 
@@ -323,12 +309,12 @@ class LaLoraCallback(AdapterCheckpoints):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore what was changed in the module for the run."""
         super().teardown(trainer, pl_module, stage)
-        self._stop_watching()
+        self._checks.end()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Restore what was changed in the module for the run."""
-        self._stop_watching()
+        self._checks.end()
 
     def plot(self) -> "Figure":
         """Draw the rank trajectories so far, see :func:`lalora_lightning.plotting.plot_rank_trajectories`.
@@ -377,18 +363,10 @@ class LaLoraCallback(AdapterCheckpoints):
         """Whether fit has begun."""
         return self.allocator is not None or self._last_step is not None
 
-    def _stop_watching(self) -> None:
-        if self._gradients is not None:
-            self._gradients.close()
-            self._gradients = None
-        disable_input_gradients(self._input_gradients)
-        self._input_gradients = []
-
     def _forget(self) -> None:
         """Reset everything that belongs to a run with other layers."""
         self.allocator, self.history, self._skipped = None, [], 0
         self._last_step = self._restored = self._random = None
-        self._adapted_here = False
 
     def _is_built_later(self, pl_module: pl.LightningModule) -> bool:
         """Return whether the module may build and adapt its model later, in one of its own hooks."""
@@ -399,9 +377,10 @@ class LaLoraCallback(AdapterCheckpoints):
         return False
 
     def _settings_of(self, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Return the hyperparameters to log; without ``adapter_settings`` if the module called ``add_lora`` itself."""
+        """Return the hyperparameters to log, with ``adapter_settings`` only if this callback inserted the layers."""
+        inserted = set(lora_layers(pl_module).values()) <= set(self._inserted)
         settings = {
-            **(vars(self.adapter_settings) if self._adapted_here else {}),
+            **(vars(self.adapter_settings) if inserted else {}),
             **vars(self.allocation_settings),
             "save_adapter_only": self.save_adapter_only,
             "log_sparsity": self.log_sparsity,

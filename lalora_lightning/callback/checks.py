@@ -1,29 +1,74 @@
-"""Checks at the start of fit."""
+"""Checks at the start of fit and in the first steps, so that what is to learn does learn."""
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import nn
 
-from lalora_lightning.adapters import lora_layers
+from lalora_lightning.adapters import (
+    GradientMonitor,
+    disable_input_gradients,
+    enable_input_gradients,
+    lora_layers,
+    require_trainable,
+    require_unmerged,
+)
 
-__all__ = ["optimizers_hold_parameters", "require_optimized"]
+__all__ = ["LearningChecks", "require_optimized"]
 
 
-def optimizers_hold_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    """Return whether the optimizers hold parameters of the module.
+class LearningChecks:
+    """What is checked of the adapters of one run, and what is changed for it in the module and restored after it."""
 
-    Strategies that flatten or shard parameters give the optimizers others; then parameters and gradients of the module
-    tell nothing.
-    """
-    optimized = _optimized(trainer)
-    return any(id(p) in optimized for p in pl_module.parameters())
+    def __init__(self) -> None:
+        self._gradients: GradientMonitor | None = None
+        # Models whose inputs were made to require gradients.
+        self._input_gradients: list[nn.Module] = []
+
+    def start_fit(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the adapters and the optimizers when fit starts.
+
+        Raises:
+            RuntimeError: Adapters are merged, frozen, or missing in the optimizers.
+        """
+        require_unmerged(lora_layers(pl_module))
+        require_trainable(pl_module)
+        require_optimized(trainer, pl_module)
+        self._input_gradients = enable_input_gradients(pl_module)
+
+    def start_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the adapters again, since the ``on_fit_start`` of others may have frozen them, and begin to watch.
+
+        Raises:
+            RuntimeError: Adapters are frozen.
+        """
+        require_trainable(pl_module)
+        if _optimizers_hold_parameters(trainer, pl_module):
+            self._gradients = GradientMonitor(pl_module, patience=2 * len(trainer.optimizers))
+
+    def before_optimizer_step(self) -> None:
+        """Warn in the first steps if adapters get no gradient."""
+        warning = None if self._gradients is None else self._gradients.observe()
+        if warning is not None:
+            rank_zero_warn(f"La-LoRA: {warning}")
+
+    def end(self) -> None:
+        """Restore the module."""
+        if self._gradients is not None:
+            self._gradients.close()
+            self._gradients = None
+        disable_input_gradients(self._input_gradients)
+        self._input_gradients = []
 
 
 def require_optimized(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Check that the optimizers contain all trainable parameters of the adapters.
 
+    If a strategy flattens or shards parameters, the optimizers contain other parameters and cannot be checked.
+
     Raises:
         RuntimeError: Parameters of adapters are missing in the optimizers.
     """
-    if not optimizers_hold_parameters(trainer, pl_module):
+    if not _optimizers_hold_parameters(trainer, pl_module):
         return
     optimized = _optimized(trainer)
     forgotten = [
@@ -37,6 +82,11 @@ def require_optimized(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Non
             f"Expected the optimizers to contain all adapter parameters but they lack {len(forgotten)}, "
             f"{forgotten[0]} the first; build them in configure_optimizers() from self.parameters()."
         )
+
+
+def _optimizers_hold_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    optimized = _optimized(trainer)
+    return any(id(p) in optimized for p in pl_module.parameters())
 
 
 def _optimized(trainer: pl.Trainer) -> set[int]:

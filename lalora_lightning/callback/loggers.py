@@ -15,7 +15,7 @@ from lalora_lightning.callback.compatibility import (
 from lalora_lightning.memory import peak_memory_mib
 from lalora_lightning.names import GroupBy
 
-__all__ = ["costs", "describe_adapters", "log_layout", "log_metrics", "log_results", "log_settings"]
+__all__ = ["costs", "describe_adapters", "log_layout", "log_metrics", "log_results", "log_settings", "prepare_loggers"]
 
 
 def log_metrics(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
@@ -24,20 +24,22 @@ def log_metrics(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> No
         logger.log_metrics(metrics, step=step)
 
 
+def prepare_loggers(trainer: pl.Trainer) -> None:
+    """Prepare the loggers, before Lightning logs the module's hyperparameters."""
+    for logger in trainer.loggers:
+        leave_out_placeholder_metric(logger)
+
+
 def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
     """Log settings to all loggers as hyperparameters ``lalora/...``; functions are logged by name."""
     named = {key: getattr(value, "__qualname__", value) for key, value in settings.items()}
     for logger in trainer.loggers:
-        leave_out_placeholder_metric(logger)
         logger.log_hyperparams({log_keys.SETTINGS_PREFIX: named})
 
 
 def describe_adapters(pl_module: pl.LightningModule, group_by: GroupBy) -> dict[str, Any]:
-    """Return the settings and parameter counts of a module's adapters; an empty dict if it has none."""
-    layers = lora_layers(pl_module)
-    if not layers:
-        return {}
-    layer = next(iter(layers.values()))
+    """Return the settings and parameter counts that an adapted module itself shows."""
+    layer = next(iter(lora_layers(pl_module).values()))
     counts = summarize(pl_module, group_by)
     return {
         "rank": layer.max_rank,

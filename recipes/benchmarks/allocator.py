@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from lalora_lightning import RankAllocator, add_lora
 from lalora_lightning.tables import text_table
 from recipes.benchmarks.common import default_device, interleave, machine, quartiles, spread, write_json
 from recipes.benchmarks.operations import OperationCounter
 
-__all__ = ["build", "main"]
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from lalora_lightning import RankAllocator, add_lora
+__all__ = ["PROJECTIONS", "build", "main"]
 
 # In this order, each of q, v, up and down adds a new shape of lora_A or lora_B.
 PROJECTIONS = ("q_proj", "o_proj", "v_proj", "k_proj", "up_proj", "gate_proj", "down_proj")

@@ -10,16 +10,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jsonargparse import auto_cli
-
-from lalora_lightning.tables import text_table
-from recipes.console import quiet
-
-__all__ = ["RobertaClassifier", "main"]
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, RobertaConfig
 
 from lalora_lightning import LaLoraCallback, add_lora
+from lalora_lightning.tables import text_table
+from recipes.console import quiet
+
+__all__ = ["RobertaClassifier", "main"]
 
 
 def main(rank: int = 8) -> None:

@@ -14,7 +14,10 @@ from typing import Any, Literal
 import torch
 from jsonargparse import auto_cli
 from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
 
+from lalora_lightning import add_lora, lora_layers, merge_lora, trim_lora
 from lalora_lightning.tables import text_table
 from recipes.benchmarks.common import (
     TARGETS,
@@ -31,10 +34,6 @@ from recipes.benchmarks.common import (
 )
 
 __all__ = ["build_ours", "build_peft", "generate", "held_mib", "main"]
-from torch import nn
-from transformers import PreTrainedModel
-
-from lalora_lightning import add_lora, lora_layers, merge_lora, trim_lora
 
 
 def main(

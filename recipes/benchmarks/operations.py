@@ -14,7 +14,12 @@ import timm
 import torch
 from jsonargparse import auto_cli
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import ViTConfig, ViTModel
 
+from lalora_lightning import RankAllocator, add_lora, lora_layers
 from lalora_lightning.tables import text_table
 
 __all__ = [
@@ -27,12 +32,6 @@ __all__ = [
     "main",
     "step_counts",
 ]
-from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import ViTConfig, ViTModel
-
-from lalora_lightning import RankAllocator, add_lora, lora_layers
 
 # Operations that run no kernel. `_unsafe_view` is a view that autograd does not track.
 _FREE = {"aten.detach", "aten.alias", "aten.lift_fresh", "aten._unsafe_view", "aten.empty", "aten.promote_types"}

@@ -3,6 +3,7 @@
 python -m recipes.benchmarks.soak --steps 20000
 """
 
+import math
 import statistics
 import tempfile
 from typing import Any
@@ -11,16 +12,15 @@ import lightning.pytorch as pl
 import torch
 from jsonargparse import auto_cli
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-
-from lalora_lightning.memory import resident_mib
-from lalora_lightning.tables import text_table
-from recipes.console import quiet
-
-__all__ = ["SignClassifier", "Watch", "main"]
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lalora_lightning import LaLoraCallback
+from lalora_lightning.memory import resident_mib
+from lalora_lightning.tables import text_table
+from recipes.console import quiet
+
+__all__ = ["WINDOW", "SignClassifier", "Watch", "main"]
 
 WINDOW = 1000
 
@@ -85,7 +85,7 @@ class Watch(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Measure and check."""
-        self.memory.append(resident_mib())
+        self.memory.append(resident_mib() or math.nan)
         allocator = self.callback.allocator
         assert allocator is not None
         ranks = allocator.ranks.tolist()

@@ -16,7 +16,10 @@ from typing import Any, Literal
 import torch
 from jsonargparse import auto_cli
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from lalora_lightning import RankAllocator, add_lora
 from lalora_lightning.memory import peak_memory_mib, reset_peak_memory
 from lalora_lightning.tables import text_table
 from recipes.benchmarks.common import (
@@ -36,6 +39,8 @@ from recipes.benchmarks.common import (
 
 __all__ = [
     "BUILDERS",
+    "Built",
+    "Precision",
     "build_adalora",
     "build_floor",
     "build_ours",
@@ -44,10 +49,6 @@ __all__ = [
     "measure_memory",
     "train_step",
 ]
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-from lalora_lightning import RankAllocator, add_lora
 
 Precision = Literal["fp32", "bf16", "autocast"]
 

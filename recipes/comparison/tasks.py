@@ -22,7 +22,7 @@ from lalora_lightning.modules.sequence_classification import SequenceClassificat
 from lalora_lightning.modules.task import TaskModule
 from recipes import digits
 
-__all__ = ["TASKS", "ComparisonTask", "TaskSettings", "build_task"]
+__all__ = ["CIFAR10_BACKBONE", "GLUE_METRICS", "TASKS", "ComparisonTask", "TaskSettings", "build_task"]
 
 CIFAR10_BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 4, "mlp_ratio": 2}
 GLUE_METRICS = {"mrpc": "accuracy", "cola": "matthews", "stsb": "pearson", "sst2": "accuracy"}

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 
 import lalora_lightning
-from lalora_lightning.memory import peak_memory_mib, reset_peak_memory
+from lalora_lightning.memory import peak_memory_mib, reset_peak_memory, resident_mib
 from recipes.benchmarks.common import machine
 from recipes.comparison.ranks import layer_ranks, trimmed_parameters
 from recipes.comparison.records import Record, label
@@ -17,7 +17,7 @@ from recipes.comparison.tasks import ComparisonTask
 from recipes.digits import NamedProgressBar
 from recipes.methods import METHODS
 
-__all__ = ["Costs", "train"]
+__all__ = ["VERSIONS", "Costs", "train"]
 
 VERSIONS = {
     "python": platform.python_version(),
@@ -31,8 +31,8 @@ class Costs(pl.Callback):
 
     Attributes:
         seconds: Duration.
-        memory_mib: Peak memory: on a GPU, the memory allocated in training; on a CPU, the memory of the process since
-            it started, or None if it is not known.
+        memory_mib: Peak memory: on a GPU, the memory allocated in training; on a CPU, the most that the process held
+            after a batch, including what it held before, or None if it is not known.
     """
 
     def __init__(self) -> None:
@@ -44,11 +44,17 @@ class Costs(pl.Callback):
         reset_peak_memory(pl_module.device)
         self._started = time.perf_counter()
 
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object) -> None:
+        """Sample the memory of the process, whose own peak would include earlier runs."""
+        resident = resident_mib() if pl_module.device.type != "cuda" else None
+        if resident is not None:
+            self.memory_mib = max(self.memory_mib or 0.0, resident)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End the measurement."""
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
-        self.memory_mib = peak_memory_mib(pl_module.device)
+            self.memory_mib = peak_memory_mib(pl_module.device)
         self.seconds = time.perf_counter() - self._started
 
 

@@ -17,6 +17,7 @@ from recipes.methods.projections import NotApplicableError, find_projections
 from recipes.methods.selective import freeze_backbone
 
 __all__ = [
+    "LAYOUTS",
     "BlockLayout",
     "SeriesAdapter",
     "WidenedInput",

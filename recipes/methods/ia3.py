@@ -11,7 +11,7 @@ from recipes.methods.bottleneck import block_layout
 from recipes.methods.peft_layers import insert_peft_layers, whole_projections
 from recipes.methods.projections import find_projections
 
-__all__ = ["UndecayedFactors", "add_ia3", "exempt_from_decay"]
+__all__ = ["KEY_NAMES", "UndecayedFactors", "add_ia3", "exempt_from_decay"]
 
 # Names of the key projections, by the names of the query projections.
 KEY_NAMES = {"query": "key", "q_proj": "k_proj", "q": "k", "query_proj": "key_proj", "q_lin": "k_lin"}

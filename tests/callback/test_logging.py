@@ -8,7 +8,9 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lalora_lightning import LaLoraCallback, add_lora
+from lalora_lightning import LaLoraCallback, add_lora, merge_lora
+from lalora_lightning.runs import read_run
+from tests.helpers.models import TinyTransformer
 from tests.helpers.training import TinyClassifier, loader, new_trainer
 
 
@@ -115,3 +117,44 @@ def test_settings_are_the_callbacks_where_it_adapted_the_module(tmp_path: Path):
     # Fit called again: the module is the same, and so are its settings.
     trainer.fit(module, loader())
     assert logger.experiment.hparams["lalora"]["init"] == "orthogonal"
+
+
+class BuiltLater(TinyClassifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = TinyTransformer()
+            add_lora(self, rank=3, alpha=6.0)
+
+
+def test_settings_of_a_module_that_builds_its_model_later(tmp_path: Path):
+    logger = CSVLogger(tmp_path)
+    new_trainer(tmp_path, LaLoraCallback(rank=7), logger=logger, max_epochs=1).fit(BuiltLater(), loader())
+    logged = logger.experiment.hparams["lalora"]
+    assert (logged["rank"], logged["scaling"], logged["adapter_parameters"]) == (3, 2.0, 6 * 3 * 16)
+    assert "init" not in logged
+    assert read_run(tmp_path).max_rank == 3
+
+
+def test_settings_follow_the_layers_when_they_are_removed_and_inserted_again(tmp_path: Path):
+    module, callback = TinyClassifier(), LaLoraCallback(rank=4, init="orthogonal")
+
+    def logged() -> dict:
+        logger = CSVLogger(tmp_path)
+        new_trainer(tmp_path, callback, logger=logger, max_epochs=1).fit(module, loader())
+        return logger.experiment.hparams["lalora"]
+
+    first = logged()
+    assert (first["rank"], first["init"]) == (4, "orthogonal")
+    merge_lora(module, remove=True)
+    module.requires_grad_(True)
+    # Inserted by the callback again, in the same run and in the next.
+    assert logged() == logged() == first
+    merge_lora(module, remove=True)
+    module.requires_grad_(True)
+    add_lora(module, rank=2)
+    assert logged()["rank"] == 2
+    assert "init" not in logged()

@@ -25,7 +25,7 @@ def new_run(steps: int, *callbacks: pl.Callback) -> tuple[TaskModule, pl.Trainer
         callbacks=[*METHODS["ia3"].adapt(module), *callbacks],
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=bool(callbacks),
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
         enable_model_summary=False,
         enable_progress_bar=False,
     )
