@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from lalora_lightning.adapters import lora_layers
@@ -21,6 +20,7 @@ from lalora_lightning.callback.compatibility import (
     attached_trainer,
     callbacks_of,
     has_load_hook,
+    is_sharded,
     require_one_file_checkpoints,
 )
 from lalora_lightning.files import require_intact_file
@@ -56,7 +56,8 @@ class AdapterCheckpoints(pl.Callback):
             pl_module.register_load_state_dict_post_hook(_accept_adapter_only)
             for name, hook in (("on_save_checkpoint", _on_save), ("on_load_checkpoint", _on_load)):
                 setattr(pl_module, name, functools.partial(hook, pl_module, getattr(pl_module, name)))
-        if self.save_adapter_only and require_one_file_checkpoints(trainer):
+        if self.save_adapter_only and is_sharded(trainer):
+            require_one_file_checkpoints(trainer)
             # The strategy itself would require every key before the hooks can accept missing ones. The keys are checked
             # in `_on_load`.
             self._strict_loading = pl_module.strict_loading
@@ -84,7 +85,7 @@ def _on_load(pl_module: pl.LightningModule, own_hook: _Hook, checkpoint: dict[st
     trainer = attached_trainer(pl_module)
     if trainer is not None and trainer.ckpt_path is not None and lora_layers(pl_module):
         require_intact_file(trainer.ckpt_path)
-        if isinstance(trainer.strategy, ModelParallelStrategy) and Path(trainer.ckpt_path).is_file():
+        if is_sharded(trainer) and Path(trainer.ckpt_path).is_file():
             # This strategy loads the parameters that it finds, without checking for missing or unknown keys.
             require_matching_state(
                 pl_module, torch.load(trainer.ckpt_path, mmap=True, map_location="cpu")["state_dict"]

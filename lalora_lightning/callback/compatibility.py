@@ -22,6 +22,7 @@ __all__ = [
     "has_load_hook",
     "has_model_summary",
     "is_logging_step",
+    "is_sharded",
     "leave_out_placeholder_metric",
     "require_averaging_after",
     "require_compatible_averages",
@@ -112,20 +113,22 @@ def require_compatible_averages(callbacks: Sequence[pl.Callback], save_adapter_o
             )
 
 
-def require_one_file_checkpoints(trainer: pl.Trainer) -> bool:
-    """Return whether the strategy shards parameters, after checking that it writes one file for each checkpoint.
+def is_sharded(trainer: pl.Trainer) -> bool:
+    """Return whether the strategy shards parameters (FSDP2)."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
+
+
+def require_one_file_checkpoints(trainer: pl.Trainer) -> None:
+    """Check that a strategy that shards parameters writes one file for each checkpoint.
 
     Raises:
         ValueError: The strategy writes distributed checkpoints, which can only be loaded as a whole.
     """
-    if not isinstance(trainer.strategy, ModelParallelStrategy):
-        return False
-    if trainer.strategy._save_distributed_checkpoint:
+    if isinstance(trainer.strategy, ModelParallelStrategy) and trainer.strategy._save_distributed_checkpoint:
         raise ValueError(
             "Expected checkpoints in one file with save_adapter_only=True, because distributed checkpoints can only be "
             "loaded as a whole; use ModelParallelStrategy(save_distributed_checkpoint=False)."
         )
-    return True
 
 
 def tensorboard_loggers(trainer: pl.Trainer) -> list[TensorBoardLogger]:
