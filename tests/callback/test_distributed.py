@@ -98,7 +98,7 @@ def test_adapter_only_parts_of_each_process_are_refused(tmp_path: Path):
         return str(error.value)
 
     (message,) = in_processes(1, tmp_path, work)
-    assert "give ModelParallelStrategy save_distributed_checkpoint=False" in message
+    assert "use ModelParallelStrategy(save_distributed_checkpoint=False)" in message
 
 
 def test_a_sharded_run_is_tested_from_adapters_and_compares_them(tmp_path: Path):
