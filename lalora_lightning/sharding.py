@@ -10,4 +10,5 @@ def gathered(tensor: Tensor) -> Tensor:
 
     Gathering is a collective operation: every process has to call it.
     """
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    # A proxy of torch.fx has every attribute.
+    return tensor.full_tensor() if isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor") else tensor

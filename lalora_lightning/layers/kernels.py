@@ -17,12 +17,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-__all__ = ["OutSlices", "TruncatedLoRAFunction", "add_adapter", "truncated_lora"]
+__all__ = ["OutSlices", "TruncatedLoRAFunction", "add_adapter", "is_transformed", "truncated_lora"]
 
 OutSlices = tuple[tuple[int, int], ...]
 """``(start, stop)`` ranges of output features, in ascending order and disjoint."""
+
+
+def is_transformed(x: Any) -> bool:
+    """Return whether a transformation follows the computation that an autograd function would hide from it.
+
+    These are ``torch.jit.trace``, ``torch.fx``, ``torch.func`` and forward-mode differentiation.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch.jit.is_tracing()
+        or isinstance(x, torch.fx.Proxy)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def truncated_lora(
@@ -64,10 +78,11 @@ def add_adapter(
     out: Tensor, lora_x: Tensor, A: Tensor, B: Tensor, rank_mask: Tensor, scaling: float, out_slices: OutSlices
 ) -> Tensor:
     """Compute ``out + scaling * mask(lora_x A.T) B.T`` in plain autograd; arguments as in :func:`truncated_lora`."""
+    width = out.shape[1]
     hidden = (lora_x @ A.T.to(lora_x.dtype)) * rank_mask.repeat(len(out_slices))
     slices = zip(out_slices, _columns(hidden, out_slices), _rows(B.to(lora_x.dtype), out_slices), strict=True)
     for (start, stop), hidden_s, B_s in slices:
-        out = out + F.pad(scaling * hidden_s @ B_s.T, (start, out.shape[1] - stop))
+        out = out + F.pad(scaling * hidden_s @ B_s.T, (start, width - stop))
     return out
 
 
@@ -95,12 +110,13 @@ class TruncatedLoRAFunction(torch.autograd.Function):
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         out, hidden = truncated_lora(x, lora_x, weight, bias, A, B, rank_mask, scaling, out_slices)
         need_x, need_lora_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
+        # The factors are saved as they came in, so that a second derivative can follow them.
         ctx.save_for_backward(
             x if need_weight or (need_A and lora_x is None) else None,
             lora_x if need_A else None,
             weight if need_x else None,
-            A if need_x or need_lora_x else None,
-            B,
+            lora_A if need_x or need_lora_x else None,
+            lora_B,
             hidden if need_B else None,
             rank_mask,
         )
@@ -108,16 +124,26 @@ class TruncatedLoRAFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients that are needed from ``g``, the gradient of the output ``(N, m)``."""
-        x, lora_x, weight, A, B, hidden, rank_mask = ctx.saved_tensors
+        """Compute the required gradients from ``g``, the gradient of the output ``(N, m)``.
+
+        Raises:
+            RuntimeError: The gradients are to be differentiated again, and the input was not kept since ``lora_A`` is
+                frozen.
+        """
+        if torch.is_grad_enabled():
+            # The caller asked for a graph of the backward pass.
+            return _differentiable_backward(ctx, g)
+        x, lora_x, weight, lora_A, lora_B, hidden, rank_mask = ctx.saved_tensors
+        B = lora_B.to(g.dtype)
+        # Used only where it was saved.
+        A = B if lora_A is None else lora_A.to(g.dtype)
         need_x, need_lora_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         scaling = ctx.scaling
         grad_x = grad_lora_x = grad_weight = grad_bias = grad_A = grad_B = None
 
         slices = _by_slice(g, B, ctx.out_slices)
-        # With beta=0, addmm does not read its first argument and is a scaled matrix product in one kernel.
+        # addmm with beta=0 is a scaled matrix product in one kernel, which does not read its first argument.
         unread = B[0, 0]
         if need_B:
             hiddens = _columns(hidden, ctx.out_slices)
@@ -144,6 +170,36 @@ class TruncatedLoRAFunction(torch.autograd.Function):
         if need_bias:
             grad_bias = g.sum(0)
         return grad_x, grad_lora_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
+
+
+def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """Compute the gradients by operations that autograd records, for second derivatives."""
+    x, lora_x, weight, lora_A, lora_B, _, rank_mask = ctx.saved_tensors
+    need_x, need_lora_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
+    adapter_input = lora_x if ctx.has_lora_x else x
+    if adapter_input is None or lora_A is None:
+        raise RuntimeError(
+            "Expected the input of the layer for second derivatives but it was not kept, since lora_A is frozen or the "
+            "input needs no gradient; compute them with a trainable lora_A and an input that requires a gradient."
+        )
+    A, B = lora_A.to(g.dtype), lora_B.to(g.dtype)
+    mask = rank_mask.repeat(len(ctx.out_slices))
+    hidden = (adapter_input @ A.T) * mask
+    slices = _by_slice(g, B, ctx.out_slices)
+    grad_hidden = torch.cat([g_s @ B_s for g_s, B_s in slices], dim=1) * mask
+    adapter_grad = ctx.scaling * grad_hidden @ A
+    pairs = zip(slices, _columns(hidden, ctx.out_slices), strict=True)
+    return (
+        (g @ weight + (0 if ctx.has_lora_x else adapter_grad)) if need_x else None,
+        adapter_grad if need_lora_x else None,
+        g.T @ x if need_weight else None,
+        g.sum(0) if need_bias else None,
+        (ctx.scaling * grad_hidden.T @ adapter_input).to(lora_A.dtype) if need_A else None,
+        torch.cat([ctx.scaling * g_s.T @ h_s for (g_s, _), h_s in pairs]).to(lora_B.dtype) if need_B else None,
+        None,
+        None,
+        None,
+    )
 
 
 def _mask(hidden: Tensor, rank_mask: Tensor) -> Tensor:

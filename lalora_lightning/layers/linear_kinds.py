@@ -1,4 +1,4 @@
-"""The kinds of linear layers that can be adapted: nn.Linear, transformers' Conv1D, bitsandbytes' quantized layers."""
+"""The kinds of linear layers that can be adapted, and which of them are plain enough to compute with their weight."""
 
 from typing import Any
 
@@ -9,21 +9,48 @@ __all__ = [
     "is_4bit",
     "is_conv1d",
     "is_linear",
+    "is_plain",
     "is_quantized",
     "keep_plain_format",
+    "linear_device",
     "linear_parameter",
     "linear_shape",
     "linear_weight",
     "num_entries",
+    "uses_own_weight",
 ]
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return whether a module computes ``x @ W.T + b`` and nothing else.
+    """Return whether a module is a linear layer: ``nn.Linear`` or a subclass, or transformers' ``Conv1D``.
 
-    True for ``nn.Linear``, transformers' ``Conv1D`` and bitsandbytes' ``Linear4bit`` and ``Linear8bitLt``.
+    Subclasses include bitsandbytes' quantized layers, and layers with a ``forward`` of their own such as Falcon's.
     """
-    return type(module).forward is nn.Linear.forward or is_conv1d(module) or is_quantized(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return whether calling a module does nothing but compute ``x @ W.T + b`` with its own parameter ``W``.
+
+    Only such a module can be replaced by a computation with its weight. Any other one has to be called: a quantized or
+    offloaded layer, one with hooks, parametrizations, weight norm or pruning, and one with a ``forward`` of its own.
+    """
+    return (
+        uses_own_weight(module)
+        and not module._forward_pre_hooks
+        and not module._forward_hooks
+        and not module._backward_pre_hooks
+        and not module._backward_hooks
+    )
+
+
+def uses_own_weight(module: nn.Module) -> bool:
+    """Return whether a linear module computes with a parameter ``weight`` in floating point, which can be changed."""
+    return (
+        type(module._parameters.get("weight")) in (nn.Parameter, Tensor)
+        and (type(module).forward is nn.Linear.forward or is_conv1d(module))
+        and "forward" not in module.__dict__
+    )
 
 
 # Classes are recognized by name, because importing transformers or bitsandbytes takes seconds.
@@ -71,6 +98,12 @@ def linear_parameter(module: nn.Module) -> Tensor:
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def linear_device(module: nn.Module) -> torch.device | str:
+    """Return the device that a linear module computes on; accelerate moves an offloaded weight there for each call."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return linear_parameter(module).device if device is None else torch.device(device)
 
 
 def linear_weight(module: nn.Module) -> Tensor:

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from lalora_lightning.initialization import FACTORIZATIONS, Init
 from lalora_lightning.layers import state_hooks
-from lalora_lightning.layers.kernels import TruncatedLoRAFunction, add_adapter, truncated_lora
+from lalora_lightning.layers.kernels import TruncatedLoRAFunction, add_adapter, is_transformed, truncated_lora
 from lalora_lightning.layers.linear_kinds import (
     is_linear,
+    is_plain,
     is_quantized,
     keep_plain_format,
-    linear_parameter,
+    linear_device,
     linear_shape,
     linear_weight,
+    uses_own_weight,
 )
 from lalora_lightning.layers.settings import (
     lora_scaling,
@@ -43,15 +45,18 @@ class TruncatedLoRALinear(nn.Module):
     ``lora_B`` is initialized to zero, so a new layer computes exactly the same as its base layer. If ``init`` makes
     ``B A`` nonzero, the layer keeps the initial factors and subtracts their product, truncated to the same rank:
     ``B A - B_0 A_0``. A new layer then equals its base layer at every rank, up to rounding, and the base weight is not
-    changed. The layer reads the weight of its base layer instead of calling it, so forward hooks of the base layer do
-    not run. Only a quantized base layer is called.
+    changed.
+
+    A plain base layer is not called, since its product and that of the adapter are computed together. Any other base
+    layer is called, and the adapter is added to its output: a quantized or offloaded layer, one with hooks or
+    parametrizations, and one with a ``forward`` of its own. The same happens under tracing and ``torch.func``.
 
     A fused projection can be adapted in slices of its output features (``out_slices``). ``lora_A`` and ``lora_B`` then
     contain one adapter of rank ``r`` for each slice, stacked along their rows.
 
     Args:
-        base_layer: The frozen ``nn.Linear``, transformers ``Conv1D``, or bitsandbytes ``Linear4bit`` or
-            ``Linear8bitLt``, with weight ``W_0`` (m x d).
+        base_layer: The frozen ``nn.Linear`` or a subclass of it, such as bitsandbytes' ``Linear4bit`` and
+            ``Linear8bitLt``, or transformers' ``Conv1D``, with weight ``W_0`` (m x d).
         rank: The maximum rank ``r``, from 1 to min(m, d).
         alpha: The adapter is scaled by ``alpha / rank``, independent of the current rank.
         dropout: Probability of dropping an entry of the adapter's input during training.
@@ -105,12 +110,10 @@ class TruncatedLoRALinear(nn.Module):
         super().__init__()
         if not is_linear(base_layer):
             raise TypeError(
-                "Expected the base layer to be nn.Linear, transformers' Conv1D or a quantized layer of bitsandbytes "
-                f"but got {type(base_layer).__name__}."
+                "Expected the base layer to be nn.Linear, a subclass of it or transformers' Conv1D but got "
+                f"{type(base_layer).__name__}."
             )
         self.base_layer = base_layer
-        # Read in every forward pass.
-        self._quantized = is_quantized(base_layer)
         keep_plain_format(base_layer)
         self.out_features, self.in_features = linear_shape(base_layer)
         self.out_slices = tuple(out_slices or [(0, self.out_features)])
@@ -125,7 +128,7 @@ class TruncatedLoRALinear(nn.Module):
         self.merged = False
         self._unmerged_weight: Tensor | None = None
 
-        device = linear_parameter(base_layer).device if device is None else device
+        device = linear_device(base_layer) if device is None else device
         adapted = sum(stop - start for start, stop in self.out_slices)
         self.lora_A = nn.Parameter(
             torch.empty(len(self.out_slices) * rank, self.in_features, device=device, dtype=dtype), not freeze_A
@@ -140,6 +143,8 @@ class TruncatedLoRALinear(nn.Module):
         self.register_state_dict_pre_hook(state_hooks.require_unmerged_to_save)
         self.register_load_state_dict_pre_hook(state_hooks.require_unmerged_to_load)
         self.register_load_state_dict_post_hook(state_hooks.update_mask)
+        # Dropout is off in a model that is adapted in evaluation mode.
+        self.train(base_layer.training)
 
     @classmethod
     def with_scaling(
@@ -291,16 +296,19 @@ class TruncatedLoRALinear(nn.Module):
         Returns:
             ``(..., m)`` in the input's type, or in autocast's type under autocast.
         """
+        if is_transformed(x) or not is_plain(self.base_layer):
+            return self._call_base_layer(x)
         device_type = x.device.type
         # Autocast does not change double precision.
         if device_type != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
             # The inputs are cast here once, as autocast would do it, because the backward pass needs them again.
             with torch.autocast(device_type, enabled=False):
-                return self._forward(x.to(dtype), dtype)
-        return self._forward(x, None)
+                return self._fuse_base_layer(x.to(dtype), dtype)
+        return self._fuse_base_layer(x, None)
 
-    def _forward(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def _fuse_base_layer(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Compute base layer and adapter in one autograd node, with the weight of a plain base layer."""
         if self.merged:
             return F.linear(x, *self._base_parameters(dtype))
         # The shape is restored outside of the autograd function, so that callers may change the output in place.
@@ -308,11 +316,6 @@ class TruncatedLoRALinear(nn.Module):
         lora_rows = F.dropout(rows, self.dropout) if self.training and self.dropout > 0 else None
         A, B, mask = self._factors()
         fixed = mask, self.scaling, self.out_slices
-        if self._quantized:
-            # bitsandbytes multiplies without a full copy of the weight, and has its own backward pass.
-            out = self.base_layer(rows)
-            out = add_adapter(out, rows if lora_rows is None else lora_rows, A, B, *fixed)
-            return out.view(*x.shape[:-1], self.out_features)
         weight, bias = self._base_parameters(dtype)
         if torch.is_grad_enabled():
             out = TruncatedLoRAFunction.apply(rows, lora_rows, weight, bias, A, B, *fixed)
@@ -320,6 +323,18 @@ class TruncatedLoRALinear(nn.Module):
             # Without a backward pass, an autograd node would only cost time.
             out, _ = truncated_lora(rows, lora_rows, weight, bias, A.to(x.dtype), B.to(x.dtype), *fixed)
         return out.view(*x.shape[:-1], self.out_features)
+
+    def _call_base_layer(self, x: Tensor) -> Tensor:
+        """Call the base layer and add the adapter in plain autograd."""
+        out = self.base_layer(x)
+        if self.merged:
+            return out
+        rows = x.reshape(-1, self.in_features)
+        if self.training and self.dropout > 0:
+            rows = F.dropout(rows, self.dropout)
+        A, B, mask = self._factors()
+        adapted = add_adapter(out.reshape(-1, self.out_features), rows, A, B, mask, self.scaling, self.out_slices)
+        return adapted.reshape(out.shape).to(out.dtype)
 
     def _base_parameters(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
         """Return the base layer's weight ``(m, d)`` and bias ``(m,)``, in autocast's type if there is one."""
@@ -370,16 +385,22 @@ class TruncatedLoRALinear(nn.Module):
 
         Raises:
             RuntimeError: The layer is merged already.
-            TypeError: The base weight is quantized.
+            TypeError: The base weight is quantized, or the base layer does not compute with a weight of its own.
             ValueError: The merged weight would not be finite. The layer is left unchanged.
         """
         if self.merged:
             raise RuntimeError("Expected an unmerged layer but it is merged already; call unmerge() first.")
-        if self._quantized:
+        if is_quantized(self.base_layer):
             raise TypeError(
                 f"Expected a weight in floating point but got a quantized one ({type(self.base_layer).__name__}), "
                 "where rounding would lose the adapter; get state = lora_state_dict(model), load the model without "
                 "quantization, call load_lora_state_dict(model, state) and merge that model."
+            )
+        if not uses_own_weight(self.base_layer):
+            raise TypeError(
+                "Expected a base layer that computes with its own weight but got a "
+                f"{type(self.base_layer).__name__} with a parametrization, pruning, offloading or a forward of its "
+                "own, which would ignore the merged weight; remove that first, or keep the adapter unmerged."
             )
         merged = self.weight
         if not torch.isfinite(merged).all():

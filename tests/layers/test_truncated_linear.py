@@ -409,7 +409,7 @@ def test_set_rank_out_of_range():
 
 
 def test_a_base_that_is_not_linear():
-    with pytest.raises(TypeError, match=r"nn\.Linear, .* layer of bitsandbytes but got Conv2d"):
+    with pytest.raises(TypeError, match=r"nn\.Linear, .* or transformers' Conv1D but got Conv2d"):
         TruncatedLoRALinear(nn.Conv2d(3, 3, 1))
 
 
