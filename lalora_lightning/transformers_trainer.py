@@ -102,7 +102,7 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         # Evaluation also calls this hook.
         if self.allocator is None or logs is None or "loss" not in logs:
             return
-        *ranks, budget = torch.cat([self.allocator.ranks.float(), self.allocator.budget.float().view(1)]).tolist()
+        ranks, budget, _ = self.allocator.read()
         metrics = log_keys.rank_metrics(self.allocator.layer_names, ranks, budget)
         logs.update(metrics)
         # The Trainer has already copied the logs to its history.

@@ -187,6 +187,13 @@ class RankAllocator:
         """Return whether the model's LoRA layers are exactly those of this allocator."""
         return set(lora_layers(model).values()) == set(self._projections)
 
+    def read(self) -> tuple[list[int], float, int]:
+        """Copy ranks, budget and the number of skipped steps from the device, in one transfer."""
+        *ranks, budget, skipped = torch.cat(
+            [self.ranks.float(), self.budget.float().view(1), self.skipped.float().view(1)]
+        ).tolist()
+        return [int(rank) for rank in ranks], budget, int(skipped)
+
     @property
     def frozen(self) -> bool:
         """Whether the ranks stay fixed from now on."""

@@ -419,19 +419,15 @@ class LaLoraCallback(AdapterCheckpoints):
         return RankAllocator(pl_module, **vars(settings))
 
     def _read(self, trainer: pl.Trainer) -> tuple[list[int], float]:
-        """Copy ranks, budget and the number of skipped steps from the device in one transfer, and record them."""
-        allocator = self.allocator
-        assert allocator is not None
-        *read, budget, skipped = torch.cat(
-            [allocator.ranks.float(), allocator.budget.float().view(1), allocator.skipped.float().view(1)]
-        ).tolist()
-        ranks = [int(rank) for rank in read]
+        """Read ranks and budget from the device, record them, and warn about skipped steps."""
+        assert self.allocator is not None
+        ranks, budget, skipped = self.allocator.read()
         if skipped > self._skipped:
             rank_zero_warn(
-                f"La-LoRA: {int(skipped) - self._skipped} optimizer steps since the last report left weights that are "
+                f"La-LoRA: {skipped - self._skipped} optimizer steps since the last report left weights that are "
                 "NaN or Inf; ranks and budget did not change. Lower the learning rate or clip gradients."
             )
-            self._skipped = int(skipped)
+            self._skipped = skipped
         record_reading(self.history, trainer.global_step, ranks, budget)
         return ranks, budget
 

@@ -1,5 +1,6 @@
 """The low-rank layer, its arithmetic, and the kinds of linear layers it can wrap."""
 
+from lalora_lightning.layers.factors import LowRankFactors
 from lalora_lightning.layers.linear_kinds import (
     is_4bit,
     is_conv1d,
@@ -17,6 +18,7 @@ from lalora_lightning.layers.truncated_linear import TruncatedLoRALinear
 
 __all__ = [
     "IN_PROJ",
+    "LowRankFactors",
     "TruncatedLoRALinear",
     "in_proj_of",
     "is_4bit",

@@ -1,7 +1,6 @@
 """TruncatedLoRALinear: a linear layer with a low-rank adapter whose current rank is a mask."""
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from lalora_lightning.initialization import FACTORIZATIONS, Init
 from lalora_lightning.layers import state_hooks
+from lalora_lightning.layers.factors import LowRankFactors
 from lalora_lightning.layers.kernels import TruncatedLoRAFunction, add_adapter, is_transformed, truncated_lora
 from lalora_lightning.layers.linear_kinds import (
     is_linear,
@@ -28,12 +28,11 @@ from lalora_lightning.layers.settings import (
     require_rank_that_fits,
     require_slices,
 )
-from lalora_lightning.sharding import gathered
 
 __all__ = ["TruncatedLoRALinear"]
 
 
-class TruncatedLoRALinear(nn.Module):
+class TruncatedLoRALinear(LowRankFactors):
     r"""Linear layer with a low-rank adapter that uses its first ``rank`` components.
 
     ``h = W_0 x + (alpha / r) * B_r' A_r' x + b`` (La-LoRA, Neural Networks 194, 2025, 108095, Eq. 4), where ``A_r'``
@@ -88,11 +87,6 @@ class TruncatedLoRALinear(nn.Module):
     )
     """
 
-    rank: Tensor
-    rank_mask: Tensor
-    start_A: Tensor | None
-    start_B: Tensor | None
-
     def __init__(
         self,
         base_layer: nn.Module,
@@ -107,38 +101,24 @@ class TruncatedLoRALinear(nn.Module):
         use_rslora: bool = False,
         freeze_A: bool = False,
     ) -> None:
-        super().__init__()
         if not is_linear(base_layer):
             raise TypeError(
                 "Expected the base layer to be nn.Linear, a subclass of it or transformers' Conv1D but got "
                 f"{type(base_layer).__name__}."
             )
-        self.base_layer = base_layer
-        keep_plain_format(base_layer)
-        self.out_features, self.in_features = linear_shape(base_layer)
-        self.out_slices = tuple(out_slices or [(0, self.out_features)])
-        require_slices(self.out_slices, self.out_features)
-        require_rank_that_fits(rank, self.out_slices, self.in_features)
+        out_features, in_features = linear_shape(base_layer)
+        slices = tuple(out_slices or [(0, out_features)])
+        require_slices(slices, out_features)
+        require_rank_that_fits(rank, slices, in_features)
         require_adapter_settings(rank, alpha, dropout, init)
-        self.max_rank = rank
-        self.scaling = lora_scaling(alpha, rank, use_rslora)
+        scaling = lora_scaling(alpha, rank, use_rslora)
+        device = linear_device(base_layer) if device is None else device
+        super().__init__(out_features, in_features, slices, rank, scaling, init, freeze_A, device, dtype)
+        keep_plain_format(base_layer)
+        self.base_layer = base_layer
         self.dropout = dropout
-        self.init = init
-        self.freeze_A = freeze_A
         self.merged = False
         self._unmerged_weight: Tensor | None = None
-
-        device = linear_device(base_layer) if device is None else device
-        adapted = sum(stop - start for start, stop in self.out_slices)
-        self.lora_A = nn.Parameter(
-            torch.empty(len(self.out_slices) * rank, self.in_features, device=device, dtype=dtype), not freeze_A
-        )
-        self.lora_B = nn.Parameter(torch.empty(adapted, rank, device=device, dtype=dtype))
-        self.register_buffer("rank", torch.empty((), dtype=torch.long, device=device))
-        # Not persistent, because it follows from `rank`. Boolean, so that casting the model does not change it.
-        self.register_buffer("rank_mask", torch.empty(rank, dtype=torch.bool, device=device), persistent=False)
-        self.register_buffer("start_A", None)
-        self.register_buffer("start_B", None)
         self.reset_parameters()
         self.register_state_dict_pre_hook(state_hooks.require_unmerged_to_save)
         self.register_load_state_dict_pre_hook(state_hooks.require_unmerged_to_load)
@@ -166,7 +146,6 @@ class TruncatedLoRALinear(nn.Module):
         layer.scaling = scaling
         return layer
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Initialize the factors according to ``init``, and set the maximum rank.
 
@@ -175,38 +154,7 @@ class TruncatedLoRALinear(nn.Module):
         Raises:
             ValueError: ``init`` needs the base weight, but it is on the meta device or has a rank below ``max_rank``.
         """
-        factors = self.split(self.lora_A, self.lora_B)
-        if self.init in FACTORIZATIONS:
-            weight = self.base_weight
-            if weight.is_meta:
-                raise ValueError(
-                    f"Expected a weight with values for init={self.init!r} but it is on the meta device; load it first."
-                )
-            for (A, B), (start, stop) in zip(factors, self.out_slices, strict=True):
-                initial_A, initial_B = FACTORIZATIONS[self.init](weight[start:stop], self.max_rank, self.scaling)
-                if not (initial_A.any(1) | initial_B.any(0)).all():
-                    raise ValueError(
-                        f"Expected a weight of rank {self.max_rank} or more with init={self.init!r} but its rank is "
-                        "lower; choose a lower rank, because a component that is zero in both factors never learns."
-                    )
-                A.copy_(initial_A)
-                B.copy_(initial_B)
-            self.keep_initial_factors()
-        else:
-            for A, _ in factors:
-                if self.init == "orthogonal":
-                    nn.init.orthogonal_(A)
-                else:
-                    # The norm of each row is about 1/sqrt(3).
-                    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
-            self.start_A = self.start_B = None
-        self.set_rank(self.max_rank)
-
-    @torch.no_grad()
-    def keep_initial_factors(self) -> None:
-        """Store a copy of ``lora_A`` and ``lora_B`` as the initial factors, whose product is subtracted."""
-        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        self.initialize(self.base_weight if self.init in FACTORIZATIONS else None)
 
     @property
     def base_weight(self) -> Tensor:
@@ -229,63 +177,6 @@ class TruncatedLoRALinear(nn.Module):
     def bias(self) -> Tensor | None:
         """The base layer's bias, ``(m,)``."""
         return self.base_layer.bias  # type: ignore[return-value]
-
-    def set_rank(self, rank: int) -> None:
-        """Set the current rank.
-
-        Raises:
-            ValueError: The rank is not in [1, max_rank].
-        """
-        if not 1 <= rank <= self.max_rank:
-            raise ValueError(f"Expected rank to be in [1, {self.max_rank}] but got {rank}.")
-        self.rank.fill_(rank)
-        self.rank_mask.copy_(torch.arange(self.max_rank, device=self.rank.device) < rank)
-
-    def split(self, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Split tensors of the shapes of ``lora_A`` and ``lora_B`` by slice: ``[(A (r, d), B (m_s, r)), ...]``."""
-        if len(self.out_slices) == 1:
-            return [(A, B)]
-        widths = [stop - start for start, stop in self.out_slices]
-        return list(zip(A.chunk(len(widths)), B.split(widths), strict=True))
-
-    def increment(self) -> Tensor:
-        """Return the weight increment ``P = scaling * B_r' A_r'`` (m x d) at the current rank, in float32 or wider.
-
-        A sharded adapter is gathered, so every process has to call this.
-        """
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        increment = torch.zeros(self.out_features, self.in_features, device=self.lora_A.device, dtype=dtype)
-        A, B, mask = self._factors()
-        # Autocast would multiply in half precision.
-        with torch.autocast(self.lora_A.device.type, enabled=False):
-            for (start, stop), (A_s, B_s) in zip(self.out_slices, self.split(A, B), strict=True):
-                increment[start:stop] = self.scaling * (B_s.to(dtype) * mask) @ A_s.to(dtype)
-        return increment
-
-    @torch.no_grad()
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """Return the current components of all slices as one plain adapter with scaling 1 and no initial factors.
-
-        Returns:
-            A ``(R, d)`` and B ``(m, R)`` with ``P = B A``. R is the current rank times the number of slices, or twice
-            that if initial factors are subtracted.
-        """
-        A, B, mask = self._factors()
-        pairs = [(A_s[mask], self.scaling * B_s[:, mask]) for A_s, B_s in self.split(A, B)]
-        rank = len(pairs[0][0])
-        folded_B = B.new_zeros(self.out_features, len(pairs) * rank)
-        for i, ((start, stop), (_, B_s)) in enumerate(zip(self.out_slices, pairs, strict=True)):
-            folded_B[start:stop, i * rank : (i + 1) * rank] = B_s
-        return torch.cat([A_s for A_s, _ in pairs]), folded_B
-
-    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return A, B and their mask, with the negated initial factors appended as additional components."""
-        own_A, own_B = gathered(self.lora_A), gathered(self.lora_B)
-        if self.start_A is None or self.start_B is None:
-            return own_A, own_B, self.rank_mask
-        pairs = zip(self.split(own_A, own_B), self.split(self.start_A, self.start_B), strict=True)
-        A = torch.cat([A for (own, _), (initial, _) in pairs for A in (own, initial)])
-        return A, torch.cat([own_B, -self.start_B], dim=1), self.rank_mask.repeat(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer.
@@ -421,22 +312,6 @@ class TruncatedLoRALinear(nn.Module):
         self.base_weight.copy_(self._unmerged_weight)
         self._unmerged_weight = None
         self.merged = False
-
-    @torch.no_grad()
-    def trim(self) -> None:
-        """Cut ``lora_A`` and ``lora_B`` to the current rank; the outputs do not change.
-
-        The parameters are replaced by new ones, so an optimizer has to be built again.
-        """
-        rank = int(self.rank)
-        factors = self.split(self.lora_A, self.lora_B)
-        self.lora_A = nn.Parameter(torch.cat([A[:rank] for A, _ in factors]), self.lora_A.requires_grad)
-        self.lora_B = nn.Parameter(torch.cat([B[:, :rank] for _, B in factors]), self.lora_B.requires_grad)
-        if self.start_A is not None and self.start_B is not None:
-            initial = self.split(self.start_A, self.start_B)
-            self.start_A, self.start_B = torch.cat([A[:rank] for A, _ in initial]), self.start_B[:, :rank].clone()
-        self.max_rank = rank
-        self.rank_mask = self.rank_mask[:rank].clone()
 
     def extra_repr(self) -> str:
         """Return the current rank and the scaling, and slices and dropout if they are not the defaults."""

@@ -1,0 +1,181 @@
+"""LowRankFactors: the two factors of an adapter, of which a mask selects the current rank."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lalora_lightning.initialization import FACTORIZATIONS, Init
+from lalora_lightning.layers.kernels import OutSlices
+from lalora_lightning.sharding import gathered
+
+__all__ = ["LowRankFactors"]
+
+
+class LowRankFactors(nn.Module):
+    """The factors ``lora_A`` and ``lora_B`` of a weight increment, their mask and their initial values.
+
+    This is the part of :class:`TruncatedLoRALinear` that does not depend on the kind of the base layer. The attributes
+    are documented there.
+
+    Args:
+        out_features: ``m``.
+        in_features: ``d``.
+        out_slices: ``(start, stop)`` ranges of the adapted output features.
+        rank: The maximum rank ``r``.
+        scaling: Factor of ``B A``.
+        init: Name of the initialization.
+        freeze_A: Train ``lora_B`` only.
+        device: Device of the factors.
+        dtype: Data type of the factors.
+    """
+
+    rank: Tensor
+    rank_mask: Tensor
+    start_A: Tensor | None
+    start_B: Tensor | None
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        out_slices: OutSlices,
+        rank: int,
+        scaling: float,
+        init: Init,
+        freeze_A: bool,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = out_features, in_features
+        self.out_slices = out_slices
+        self.max_rank = rank
+        self.scaling = scaling
+        self.init = init
+        self.freeze_A = freeze_A
+        adapted = sum(stop - start for start, stop in out_slices)
+        self.lora_A = nn.Parameter(
+            torch.empty(len(out_slices) * rank, in_features, device=device, dtype=dtype), not freeze_A
+        )
+        self.lora_B = nn.Parameter(torch.empty(adapted, rank, device=device, dtype=dtype))
+        self.register_buffer("rank", torch.empty((), dtype=torch.long, device=device))
+        # Not persistent, because it follows from `rank`. Boolean, so that casting the model does not change it.
+        self.register_buffer("rank_mask", torch.empty(rank, dtype=torch.bool, device=device), persistent=False)
+        self.register_buffer("start_A", None)
+        self.register_buffer("start_B", None)
+
+    @torch.no_grad()
+    def initialize(self, weight: Tensor | None) -> None:
+        """Initialize the factors, and set the maximum rank.
+
+        Args:
+            weight: ``(m, d)``, for an initialization that factorizes it; None for the others.
+
+        Raises:
+            ValueError: The weight is on the meta device or has a rank below ``max_rank``.
+        """
+        factors = self.split(self.lora_A, self.lora_B)
+        if weight is not None:
+            if weight.is_meta:
+                raise ValueError(
+                    f"Expected a weight with values for init={self.init!r} but it is on the meta device; load it first."
+                )
+            for (A, B), (start, stop) in zip(factors, self.out_slices, strict=True):
+                initial_A, initial_B = FACTORIZATIONS[self.init](weight[start:stop], self.max_rank, self.scaling)
+                if not (initial_A.any(1) | initial_B.any(0)).all():
+                    raise ValueError(
+                        f"Expected a weight of rank {self.max_rank} or more with init={self.init!r} but its rank is "
+                        "lower; choose a lower rank, because a component that is zero in both factors never learns."
+                    )
+                A.copy_(initial_A)
+                B.copy_(initial_B)
+            self.keep_initial_factors()
+        else:
+            for A, _ in factors:
+                if self.init == "orthogonal":
+                    nn.init.orthogonal_(A)
+                else:
+                    # The norm of each row is about 1/sqrt(3).
+                    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
+            self.start_A = self.start_B = None
+        self.set_rank(self.max_rank)
+
+    @torch.no_grad()
+    def keep_initial_factors(self) -> None:
+        """Store a copy of ``lora_A`` and ``lora_B`` as the initial factors, whose product is subtracted."""
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def set_rank(self, rank: int) -> None:
+        """Set the current rank.
+
+        Raises:
+            ValueError: The rank is not in [1, max_rank].
+        """
+        if not 1 <= rank <= self.max_rank:
+            raise ValueError(f"Expected rank to be in [1, {self.max_rank}] but got {rank}.")
+        self.rank.fill_(rank)
+        self.rank_mask.copy_(torch.arange(self.max_rank, device=self.rank.device) < rank)
+
+    def split(self, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Split tensors of the shapes of ``lora_A`` and ``lora_B`` by slice: ``[(A (r, d), B (m_s, r)), ...]``."""
+        if len(self.out_slices) == 1:
+            return [(A, B)]
+        widths = [stop - start for start, stop in self.out_slices]
+        return list(zip(A.chunk(len(widths)), B.split(widths), strict=True))
+
+    def increment(self) -> Tensor:
+        """Return the weight increment ``P = scaling * B_r' A_r'`` (m x d) at the current rank, in float32 or wider.
+
+        A sharded adapter is gathered, so every process has to call this.
+        """
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        increment = torch.zeros(self.out_features, self.in_features, device=self.lora_A.device, dtype=dtype)
+        A, B, mask = self._factors()
+        # Autocast would multiply in half precision.
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            for (start, stop), (A_s, B_s) in zip(self.out_slices, self.split(A, B), strict=True):
+                increment[start:stop] = self.scaling * (B_s.to(dtype) * mask) @ A_s.to(dtype)
+        return increment
+
+    @torch.no_grad()
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return the current components of all slices as one plain adapter with scaling 1 and no initial factors.
+
+        Returns:
+            A ``(R, d)`` and B ``(m, R)`` with ``P = B A``. R is the current rank times the number of slices, or twice
+            that if initial factors are subtracted.
+        """
+        A, B, mask = self._factors()
+        pairs = [(A_s[mask], self.scaling * B_s[:, mask]) for A_s, B_s in self.split(A, B)]
+        rank = len(pairs[0][0])
+        folded_B = B.new_zeros(self.out_features, len(pairs) * rank)
+        for i, ((start, stop), (_, B_s)) in enumerate(zip(self.out_slices, pairs, strict=True)):
+            folded_B[start:stop, i * rank : (i + 1) * rank] = B_s
+        return torch.cat([A_s for A_s, _ in pairs]), folded_B
+
+    def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return A, B and their mask, with the negated initial factors appended as additional components."""
+        own_A, own_B = gathered(self.lora_A), gathered(self.lora_B)
+        if self.start_A is None or self.start_B is None:
+            return own_A, own_B, self.rank_mask
+        pairs = zip(self.split(own_A, own_B), self.split(self.start_A, self.start_B), strict=True)
+        A = torch.cat([A for (own, _), (initial, _) in pairs for A in (own, initial)])
+        return A, torch.cat([own_B, -self.start_B], dim=1), self.rank_mask.repeat(2)
+
+    @torch.no_grad()
+    def trim(self) -> None:
+        """Cut ``lora_A`` and ``lora_B`` to the current rank; the outputs do not change.
+
+        The parameters are replaced by new ones, so an optimizer has to be built again.
+        """
+        rank = int(self.rank)
+        factors = self.split(self.lora_A, self.lora_B)
+        self.lora_A = nn.Parameter(torch.cat([A[:rank] for A, _ in factors]), self.lora_A.requires_grad)
+        self.lora_B = nn.Parameter(torch.cat([B[:, :rank] for _, B in factors]), self.lora_B.requires_grad)
+        if self.start_A is not None and self.start_B is not None:
+            initial = self.split(self.start_A, self.start_B)
+            self.start_A, self.start_B = torch.cat([A[:rank] for A, _ in initial]), self.start_B[:, :rank].clone()
+        self.max_rank = rank
+        self.rank_mask = self.rank_mask[:rank].clone()
