@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from lalora_lightning.adapters.inspection import linear_layers_seen, named_modules, named_parameters
+from lalora_lightning.adapters.inspection import is_metric, linear_layers_seen, named_modules, named_parameters
 from lalora_lightning.layers import is_linear
 from lalora_lightning.names import common_prefix, parent_name
 
@@ -75,12 +75,16 @@ def _find_head_modules(modules: Mapping[str, nn.Module], targets: Iterable[str])
     paths = [name.split(".") for name in targets]
     for depth in range(len(common_prefix(map(parent_name, targets))) + 1):
         here = ".".join(paths[0][:depth])
+        prefix = here + "." if here else ""
+        # A second name of a module that is found elsewhere is not among the modules.
         beside = [
             name
             for name, module in modules[here].named_children()
-            if name not in {path[depth] for path in paths} and any(map(is_linear, module.modules()))
+            if prefix + name in modules
+            and name not in {path[depth] for path in paths}
+            and any(map(is_linear, module.modules()))
+            and not is_metric(module)
         ]
-        prefix = here + "." if here else ""
         trainable = [name for name in beside if any(p.requires_grad for p in modules[prefix + name].parameters())]
         if trainable:
             return [prefix + name for name in trainable if name not in LANGUAGE_MODEL_HEADS]

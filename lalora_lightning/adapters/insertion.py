@@ -25,21 +25,27 @@ def insert_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear], t
     model.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    for name, layer in layers.items():
-        _replace(model, name, layer)
+    _replace(model, layers)
 
 
 def remove_layers(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear]) -> None:
     """Replace the layers with their base layers, without the adapters."""
-    for name, layer in layers.items():
-        _replace(model, name, layer.base_layer)
+    _replace(model, {name: layer.base_layer for name, layer in layers.items()})
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    prefix, _, child = name.rpartition(".")
-    parent = model.get_submodule(prefix)
-    parent = getattr(parent, CHECKPOINT_WRAPPER, parent)
-    if child == IN_PROJ and isinstance(parent, nn.MultiheadAttention):
-        set_in_proj(parent, module)
-    else:
-        setattr(parent, child, module)
+def _replace(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
+    """Replace modules by name, in every place that they have in the model."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for child, module in parent._modules.items():
+            if module is not None:
+                places.setdefault(module, []).append((parent, child))
+    for name, replacement in replacements.items():
+        prefix, _, child = name.rpartition(".")
+        parent = model.get_submodule(prefix)
+        parent = getattr(parent, CHECKPOINT_WRAPPER, parent)
+        if child == IN_PROJ and isinstance(parent, nn.MultiheadAttention):
+            set_in_proj(parent, replacement)
+            continue
+        for place, attribute in places[getattr(parent, child)]:
+            setattr(place, attribute, replacement)

@@ -11,6 +11,7 @@ from lalora_lightning.names import GroupBy, group_names, parent_name, state_name
 
 __all__ = [
     "AdapterSummary",
+    "is_metric",
     "linear_layers_seen",
     "lora_layers",
     "named_modules",
@@ -106,6 +107,13 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
         if in_proj is not None:
             modules[f"{name}.{IN_PROJ}".lstrip(".")] = in_proj
     return modules
+
+
+def is_metric(module: nn.Module) -> bool:
+    """Return whether a module is a metric of torchmetrics, whose networks are not trained."""
+    # By name, so that torchmetrics is not imported.
+    kinds = type(module).__mro__
+    return any(kind.__name__ == "Metric" and kind.__module__.startswith("torchmetrics") for kind in kinds)
 
 
 def linear_layers_seen(modules: Mapping[str, nn.Module]) -> str:

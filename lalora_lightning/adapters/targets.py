@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from lalora_lightning.adapters.inspection import linear_layers_seen, named_parameters
+from lalora_lightning.adapters.inspection import is_metric, linear_layers_seen
 from lalora_lightning.layers import IN_PROJ, is_linear, linear_shape
-from lalora_lightning.names import parent_name
+from lalora_lightning.names import parent_name, state_name
 
 __all__ = ["FUSED_NAMES", "QUERY_VALUE_NAMES", "Targets", "find_targets", "match_modules", "require_untied_weights"]
 
@@ -30,6 +30,9 @@ FUSED_NAMES = ("qkv", "Wqkv", "c_attn")
 def find_targets(modules: Mapping[str, nn.Module], target_modules: Sequence[str] | str | None = None) -> Targets:
     """Find the linear modules that :func:`add_lora` adapts.
 
+    Where some of them are trainable and others frozen, the frozen ones are left alone: they belong to a teacher, a
+    momentum encoder or a loss. Modules inside of metrics are left alone, too.
+
     Args:
         modules: All modules of the model by name, see :func:`lalora_lightning.adapters.named_modules`.
         target_modules: As in :func:`add_lora`; by default query and value.
@@ -48,12 +51,16 @@ def find_targets(modules: Mapping[str, nn.Module], target_modules: Sequence[str]
                 "Expected to find query and value projections by the usual names but found none; name the layers to "
                 f"adapt with target_modules. {linear_layers_seen(modules)}"
             )
-        return targets
-    matched = match_modules("target_modules", modules, target_modules)
-    wrong = [f"{name} ({type(modules[name]).__name__})" for name in matched if not is_linear(modules[name])]
-    if wrong:
-        raise TypeError(f"Expected target_modules to match nn.Linear or Conv1D only but they match {', '.join(wrong)}.")
-    return dict.fromkeys(matched)
+    else:
+        matched = match_modules("target_modules", modules, target_modules)
+        wrong = [f"{name} ({type(modules[name]).__name__})" for name in matched if not is_linear(modules[name])]
+        if wrong:
+            raise TypeError(
+                f"Expected target_modules to match nn.Linear or Conv1D only but they match {', '.join(wrong)}."
+            )
+        targets = dict.fromkeys(matched)
+    trained = _among_what_is_trained(modules, targets)
+    return {name: slices for name, slices in targets.items() if name in trained}
 
 
 def match_modules(argument: str, modules: Mapping[str, nn.Module], wanted: Sequence[str] | str) -> list[str]:
@@ -82,17 +89,18 @@ def match_modules(argument: str, modules: Mapping[str, nn.Module], wanted: Seque
 
 
 def require_untied_weights(model: nn.Module, targets: Iterable[str]) -> None:
-    """Check that no target shares its weight with another module.
+    """Check that no target shares its weight with another module; one module under two names is one module.
 
     Raises:
         ValueError: A target shares its weight.
     """
-    owners: dict[int, list[str]] = {}
-    for name, parameter in named_parameters(model, remove_duplicate=False):
-        parent, _, key = name.rpartition(".")
-        owner = f"{parent}.{IN_PROJ}".lstrip(".") if key.startswith("in_proj_") else parent
-        owners.setdefault(id(parameter), []).append(owner)
-    for names in owners.values():
+    # Of each parameter, the modules that own it, with their first names.
+    owners: dict[int, dict[int, str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module.named_parameters(recurse=False):
+            owner = f"{name}.{IN_PROJ}" if key.startswith("in_proj_") else name
+            owners.setdefault(id(parameter), {}).setdefault(id(module), state_name(owner).lstrip("."))
+    for names in (list(modules.values()) for modules in owners.values()):
         if len(names) > 1 and not set(names).isdisjoint(targets):
             raise ValueError(
                 f"Expected the weights of targets to be their own but {' and '.join(names)} share one; "
@@ -100,20 +108,34 @@ def require_untied_weights(model: nn.Module, targets: Iterable[str]) -> None:
             )
 
 
+def _among_what_is_trained(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> set[str]:
+    """Return the targets that are trainable, or all of them if none is; without those inside of metrics."""
+    metrics = tuple(f"{name}." for name, module in modules.items() if name and is_metric(module))
+    outside = {name for name in targets if not name.startswith(metrics)} or set(targets)
+    trainable = {name for name in outside if any(p.requires_grad for p in modules[name].parameters())}
+    return trainable or outside
+
+
 def _query_and_value(modules: Mapping[str, nn.Module]) -> Targets:
     linear = {name for name, module in modules.items() if is_linear(module)}
     targets: Targets = {}
     for name in filter(linear.__contains__, modules):
-        prefix, dot, child = name.rpartition(".")
+        prefix, _, child = name.rpartition(".")
         if child in FUSED_NAMES or (child == IN_PROJ and isinstance(modules[prefix], nn.MultiheadAttention)):
             out_features, in_features = linear_shape(modules[name])
             # Other proportions mean something else: GPT-2's cross-attention fuses key and value only.
             if out_features == 3 * in_features:
                 interleaved = _interleaves_heads(modules[parent_name(name)])
                 targets[name] = None if interleaved else [(0, in_features), (2 * in_features, 3 * in_features)]
-        elif any(child in pair and all(prefix + dot + other in linear for other in pair) for pair in QUERY_VALUE_NAMES):
+        elif any(child in pair and _has_linear(modules[prefix], pair) for pair in QUERY_VALUE_NAMES):
             targets[name] = None
     return targets
+
+
+def _has_linear(parent: nn.Module, names: Iterable[str]) -> bool:
+    """Return whether a module has linear children of all these names, which may have other names elsewhere, too."""
+    children = [getattr(parent, name, None) for name in names]
+    return all(isinstance(child, nn.Module) and is_linear(child) for child in children)
 
 
 def _interleaves_heads(attention: nn.Module) -> bool:

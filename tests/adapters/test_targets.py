@@ -5,10 +5,19 @@ from collections import OrderedDict
 
 import pytest
 import timm
+import torch
 import transformers
 from torch import nn
+from torchmetrics import Metric
 
-from lalora_lightning import add_lora, lora_layers
+from lalora_lightning import (
+    TruncatedLoRALinear,
+    add_lora,
+    load_lora_state_dict,
+    lora_layers,
+    lora_state_dict,
+    merge_lora,
+)
 from tests.helpers.families import timm_vit
 from tests.helpers.models import TinyTransformer, unchanged
 
@@ -82,7 +91,77 @@ def test_a_target_whose_weight_is_tied(model: TinyTransformer):
     model.blocks[2].value.weight = model.blocks[0].query.weight
     with pytest.raises(ValueError, match=r"blocks\.0\.query and blocks\.2\.value share one"):
         add_lora(model)
-    model.blocks[2].value = model.blocks[0].value
+    model.blocks[2].value = nn.Linear(8, 8)
+    model.blocks[2].value.weight = model.blocks[0].value.weight
     with pytest.raises(ValueError, match=r"blocks\.0\.value and blocks\.2\.value share one"):
         add_lora(model)
     assert unchanged(model)
+
+
+def test_a_module_under_two_names_is_one_module(model: TinyTransformer):
+    """An alias of the backbone, and a projection that two blocks share."""
+    outer = nn.Module()
+    outer.model = model
+    outer.backbone = model.blocks
+    outer.first_query = model.blocks[0].query
+    model.blocks[2].value = model.blocks[0].value
+    summary = add_lora(outer, rank=2)
+    assert summary.projections == 5
+    assert summary.head == ("model.head",)
+    layer = model.blocks[0].query
+    assert isinstance(layer, TruncatedLoRALinear)
+    assert outer.first_query is outer.backbone[0].query is layer
+    assert model.blocks[2].value is model.blocks[0].value
+    x = torch.randn(2, 5, 8)
+    for adapter in lora_layers(outer).values():
+        nn.init.normal_(adapter.lora_B)
+    adapted = model(x)
+    other = copy.deepcopy(outer)
+    merge_lora(other, remove=True)
+    assert type(other.first_query) is type(other.model.blocks[2].value) is nn.Linear
+    assert other.first_query is other.model.blocks[0].query
+    torch.testing.assert_close(other.model(x), adapted)
+    fresh = copy.deepcopy(outer)
+    for adapter in lora_layers(fresh).values():
+        nn.init.zeros_(adapter.lora_B)
+    load_lora_state_dict(fresh, lora_state_dict(outer))
+    torch.testing.assert_close(fresh.model(x), adapted)
+
+
+class Distilled(nn.Module):
+    """A student beside a frozen teacher, and a network inside of a metric."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = TinyTransformer()
+        self.teacher = TinyTransformer().requires_grad_(False)
+        self.metric = NetworkMetric()
+
+
+class NetworkMetric(Metric):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = TinyTransformer()
+
+    def update(self) -> None: ...
+
+    def compute(self) -> None: ...
+
+
+@pytest.mark.parametrize("target_modules", [None, ["query", "value"]])
+def test_frozen_networks_beside_a_trainable_one_and_networks_in_metrics_are_left_alone(target_modules: list | None):
+    model = Distilled()
+    summary = add_lora(model, rank=2, target_modules=target_modules)
+    assert all(name.startswith("student.blocks") for name in lora_layers(model))
+    assert len(lora_layers(model)) == 6
+    assert summary.head == ("student.head",)
+    # A teacher alone can still be adapted, by its name.
+    model = Distilled()
+    add_lora(model, rank=2, target_modules=r"teacher\..*query", modules_to_save=[])
+    assert list(lora_layers(model)) == [f"teacher.blocks.{i}.query" for i in range(3)]
+
+
+def test_a_backbone_that_is_frozen_as_a_whole_is_adapted(model: TinyTransformer):
+    model.blocks.requires_grad_(False)
+    add_lora(model, rank=2)
+    assert len(lora_layers(model)) == 6

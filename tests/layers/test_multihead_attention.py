@@ -151,11 +151,14 @@ def test_inputs_of_several_widths_have_no_fused_projection():
         add_lora(model, rank=2, modules_to_save=[])
 
 
-def test_a_shared_attention_is_refused():
-    attention = nn.MultiheadAttention(8, 2)
-    model = nn.ModuleDict({"first": attention, "second": attention})
+def test_a_shared_weight_is_refused_and_a_shared_attention_is_one():
+    model = nn.ModuleDict({"first": nn.MultiheadAttention(8, 2), "second": nn.MultiheadAttention(8, 2)})
+    model["second"].in_proj_weight = model["first"].in_proj_weight
     with pytest.raises(ValueError, match=r"first\.in_proj and second\.in_proj share one"):
         add_lora(model, rank=2, modules_to_save=[])
+    model["second"] = model["first"]
+    assert add_lora(model, rank=2, modules_to_save=[]).projections == 2
+    assert model["second"].in_proj is model["first"].in_proj
 
 
 def test_export_to_peft_is_refused_with_the_way_out(tmp_path):
