@@ -43,7 +43,7 @@ def add_lora(
             every module of this name, and ``"layer.3.query"`` is more specific. These projections are adapted as a
             whole. By default, query and value projections are found by their usual names. In fused projections
             (``qkv``, ``Wqkv``, ``c_attn``, and ``in_proj`` of ``nn.MultiheadAttention``), the default only adapts the
-            slices of query and value.
+            slices of query and value. Frozen modules are left alone if other matches are trainable.
         modules_to_save: Names of the modules that are trained in full. By default this is the task head: the modules
             next to the adapted backbone that contain a linear layer, except for embeddings and parameters that are
             already frozen. With an empty list, only the adapters are trained.
