@@ -25,9 +25,10 @@ OutSlices = tuple[tuple[int, int], ...]
 
 
 def is_transformed(x: Any) -> bool:
-    """Return whether a transformation follows the computation that an autograd function would hide from it.
+    """Return whether the computation is followed in a way that the fused one would hide from it or disturb.
 
-    These are ``torch.jit.trace``, ``torch.fx``, ``torch.func`` and forward-mode differentiation.
+    These are ``torch.jit.trace``, ``torch.fx``, ``torch.func``, forward-mode differentiation, and selective activation
+    checkpointing, which keeps outputs that must not be changed in place.
     """
     if torch.compiler.is_compiling():
         return False
@@ -36,7 +37,13 @@ def is_transformed(x: Any) -> bool:
         or isinstance(x, torch.fx.Proxy)
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
+        or (torch._C._len_torch_dispatch_stack() > 0 and _checkpoints_selectively())
     )
+
+
+def _checkpoints_selectively() -> bool:
+    modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in modes)
 
 
 def truncated_lora(
@@ -109,13 +116,13 @@ class TruncatedLoRAFunction(torch.autograd.Function):
         """Compute the output and save the tensors that the required gradients need."""
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         out, hidden = truncated_lora(x, lora_x, weight, bias, A, B, rank_mask, scaling, out_slices)
-        need_x, need_lora_x, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
+        need_x, _, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
         # The factors are saved as they came in, so that a second derivative can follow them.
         ctx.save_for_backward(
             x if need_weight or (need_A and lora_x is None) else None,
             lora_x if need_A else None,
             weight if need_x else None,
-            lora_A if need_x or need_lora_x else None,
+            lora_A,
             lora_B,
             hidden if need_B else None,
             rank_mask,
@@ -131,13 +138,15 @@ class TruncatedLoRAFunction(torch.autograd.Function):
             RuntimeError: The gradients are to be differentiated again, and the input was not kept since ``lora_A`` is
                 frozen.
         """
+        if torch.is_autocast_enabled(g.device.type):
+            # A backward pass inside of autocast: the types are those of the forward pass.
+            with torch.autocast(g.device.type, enabled=False):
+                return TruncatedLoRAFunction.backward(ctx, g)
         if torch.is_grad_enabled():
             # The caller asked for a graph of the backward pass.
             return _differentiable_backward(ctx, g)
         x, lora_x, weight, lora_A, lora_B, hidden, rank_mask = ctx.saved_tensors
         B = lora_B.to(g.dtype)
-        # Used only where it was saved.
-        A = B if lora_A is None else lora_A.to(g.dtype)
         need_x, need_lora_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         scaling = ctx.scaling
         grad_x = grad_lora_x = grad_weight = grad_bias = grad_A = grad_B = None
@@ -162,9 +171,9 @@ class TruncatedLoRAFunction(torch.autograd.Function):
             if need_x:
                 grad_x = g @ weight
                 if not ctx.has_lora_x:
-                    grad_x.addmm_(grad_hidden, A, alpha=scaling)
+                    grad_x.addmm_(grad_hidden, lora_A.to(g.dtype), alpha=scaling)
             if need_lora_x:
-                grad_lora_x = torch.addmm(unread, grad_hidden, A, beta=0, alpha=scaling)
+                grad_lora_x = torch.addmm(unread, grad_hidden, lora_A.to(g.dtype), beta=0, alpha=scaling)
         if need_weight:
             grad_weight = g.T @ x
         if need_bias:
@@ -177,10 +186,10 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     x, lora_x, weight, lora_A, lora_B, _, rank_mask = ctx.saved_tensors
     need_x, need_lora_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
     adapter_input = lora_x if ctx.has_lora_x else x
-    if adapter_input is None or lora_A is None:
+    if adapter_input is None:
         raise RuntimeError(
-            "Expected the input of the layer for second derivatives but it was not kept, since lora_A is frozen or the "
-            "input needs no gradient; compute them with a trainable lora_A and an input that requires a gradient."
+            "Expected the input of the layer for second derivatives but it was not kept, since lora_A is frozen; train "
+            "it, too (freeze_A=False)."
         )
     A, B = lora_A.to(g.dtype), lora_B.to(g.dtype)
     mask = rank_mask.repeat(len(ctx.out_slices))

@@ -1,6 +1,7 @@
 """Base layers that have to be called, and transformations that an autograd function would hide from."""
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from lalora_lightning import TruncatedLoRALinear, add_lora, lora_layers, merge_lora, unmerge_lora
 from tests.helpers.models import TinyTransformer
@@ -254,3 +256,46 @@ def test_second_derivatives_need_what_is_not_kept_with_a_frozen_a():
     x = X.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="not kept, since lora_A is frozen"):
         torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+
+
+def test_second_derivatives_with_respect_to_the_factors_alone():
+    """The input needs no gradient, as in a first layer; MAML differentiates through a step of the factors."""
+    layer = adapted(nn.Linear(6, 4).requires_grad_(False))
+    factors = [layer.lora_A, layer.lora_B]
+    grads = []
+    for forward in (layer, lambda x: expected(layer, x)):
+        first = torch.autograd.grad(forward(X).square().sum(), factors, create_graph=True)
+        grads.append(torch.autograd.grad(sum(g.square().sum() for g in first), factors))
+    for own, other in zip(*grads, strict=True):
+        torch.testing.assert_close(own / other.abs().max(), other / other.abs().max())
+
+
+@pytest.mark.parametrize("inside", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("freeze_A", [False, True])
+def test_a_backward_pass_inside_or_outside_of_autocast(inside: tuple[bool, bool], freeze_A: bool):
+    layer = adapted(nn.Linear(6, 4), freeze_A=freeze_A)
+    x = X.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside[0]):
+        out = layer(x).float().square().sum()
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside[1]):
+        grad_x, grad_B = torch.autograd.grad(out, [x, layer.lora_B])
+    plain_x, plain_B = torch.autograd.grad(expected(layer, x).square().sum(), [x, layer.lora_B])
+    for own, other in ((grad_x, plain_x), (grad_B, plain_B)):
+        assert own.dtype == torch.float32
+        tolerance = 0.05 if inside[0] else 1e-5
+        torch.testing.assert_close(own / other.abs().max(), other / other.abs().max(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("saved", [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+def test_selective_activation_checkpointing(saved: object):
+    layer = adapted(nn.Linear(6, 4))
+    contexts = functools.partial(create_selective_checkpoint_contexts, [saved])
+    grads = []
+    for forward in (
+        lambda x: checkpoint(layer, x, use_reentrant=False, context_fn=contexts),
+        lambda x: expected(layer, x),
+    ):
+        x = X.clone().requires_grad_()
+        grads.append(torch.autograd.grad(forward(x).square().sum(), [x, layer.lora_A, layer.lora_B]))
+    for own, other in zip(*grads, strict=True):
+        torch.testing.assert_close(own / other.abs().max(), other / other.abs().max())
