@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -35,7 +34,6 @@ from lalora_lightning.layers import TruncatedLoRALinear
 from lalora_lightning.memory import reset_peak_memory
 from lalora_lightning.names import GroupBy
 from lalora_lightning.report.console import print_rank_report
-from lalora_lightning.sharding import gathered
 from lalora_lightning.sparsity import layer_sparsity
 
 if TYPE_CHECKING:
@@ -213,7 +211,15 @@ class LaLoraCallback(AdapterCheckpoints):
             )
         self._checks.start_fit(trainer, pl_module)
         # Not before: a module that builds its model in configure_model() has its layers only now.
-        loggers.log_settings(trainer, self._settings_of(pl_module))
+        inserted = set(layers.values()) <= set(self._inserted)
+        settings = {
+            **(vars(self.adapter_settings) if inserted else {}),
+            **vars(self.allocation_settings),
+            "save_adapter_only": self.save_adapter_only,
+            "log_sparsity": self.log_sparsity,
+            "fixed_ranks": self.fixed_ranks,
+        }
+        loggers.log_settings(trainer, pl_module, settings)
         if self.allocator is not None and not self.allocator.drives(pl_module):
             self._forget()
         if self.fixed_ranks is not False:
@@ -221,7 +227,8 @@ class LaLoraCallback(AdapterCheckpoints):
                 for layer in layers.values():
                     layer.set_rank(layer.max_rank)
         elif self.allocator is None:
-            if trainer.ckpt_path is None and self._restored is None and any(map(_was_trained, layers.values())):
+            new_run = trainer.ckpt_path is None and self._restored is None
+            if new_run and any(layer.is_trained() for layer in layers.values()):
                 rank_zero_warn(
                     "La-LoRA: the adapters have been trained already, and their ranks are reset; resume with "
                     "fit(ckpt_path=...) to continue with the ranks of a run, or keep them with fixed_ranks."
@@ -369,26 +376,12 @@ class LaLoraCallback(AdapterCheckpoints):
         self._last_step = self._restored = self._random = None
 
     def _is_built_later(self, pl_module: pl.LightningModule) -> bool:
-        """Return whether the module may build and adapt its model later, in one of its own hooks."""
+        """Return whether the module may build its model after ``setup`` of the callback, and adapt it itself."""
         try:
             find_targets(named_modules(pl_module), self.adapter_settings.target_modules)
         except ValueError:
-            return is_overridden("configure_model", pl_module) or is_overridden("setup", pl_module)
+            return compatibility.may_build_later(pl_module)
         return False
-
-    def _settings_of(self, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """Return the hyperparameters to log, with ``adapter_settings`` only if this callback inserted the layers."""
-        inserted = set(lora_layers(pl_module).values()) <= set(self._inserted)
-        settings = {
-            **(vars(self.adapter_settings) if inserted else {}),
-            **vars(self.allocation_settings),
-            "save_adapter_only": self.save_adapter_only,
-            "log_sparsity": self.log_sparsity,
-            "fixed_ranks": self.fixed_ranks,
-            **loggers.describe_adapters(pl_module, self.allocation_settings.group_by),
-        }
-        # These follow from `scaling` and `fixed_ranks`.
-        return {key: value for key, value in settings.items() if key not in ("alpha", "rank_pattern")}
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         require_callback_state(state_dict)
@@ -440,8 +433,3 @@ class LaLoraCallback(AdapterCheckpoints):
             sparsity = layer_sparsity(pl_module, self.allocation_settings.group_by).tolist()
             metrics |= {log_keys.sparsity_key(name): share for name, share in zip(names, sparsity, strict=True)}
         return metrics
-
-
-def _was_trained(layer: TruncatedLoRALinear) -> bool:
-    """Return whether ``lora_B`` differs from its initial value."""
-    return bool((gathered(layer.lora_B) != (0 if layer.start_B is None else layer.start_B)).any())

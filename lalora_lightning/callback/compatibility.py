@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelSummary, StochasticWeightAveraging,
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "is_logging_step",
     "is_sharded",
     "leave_out_placeholder_metric",
+    "may_build_later",
     "require_averaging_after",
     "require_compatible_averages",
     "require_one_file_checkpoints",
@@ -46,6 +48,11 @@ def attached_trainer(pl_module: pl.LightningModule) -> pl.Trainer | None:
 def completed_steps(trainer: pl.Trainer) -> int:
     """Return Lightning's step number for logging: the number of batches in which an optimizer stepped."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def may_build_later(pl_module: pl.LightningModule) -> bool:
+    """Return whether a module has hooks that run after the callbacks' ``setup`` and may build its model."""
+    return is_overridden("configure_model", pl_module) or is_overridden("setup", pl_module)
 
 
 def is_logging_step(trainer: pl.Trainer) -> bool:

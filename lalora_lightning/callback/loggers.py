@@ -30,8 +30,14 @@ def prepare_loggers(trainer: pl.Trainer) -> None:
         leave_out_placeholder_metric(logger)
 
 
-def log_settings(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
-    """Log settings to all loggers as hyperparameters ``lalora/...``; functions are logged by name."""
+def log_settings(trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Mapping[str, Any]) -> None:
+    """Log settings and parameter counts to all loggers as hyperparameters ``lalora/...``; functions by their name.
+
+    What the adapters themselves show overrides the settings.
+    """
+    settings = {**settings, **describe_adapters(pl_module, settings["group_by"])}
+    # These follow from `scaling` and `fixed_ranks`.
+    settings = {key: value for key, value in settings.items() if key not in ("alpha", "rank_pattern")}
     named = {key: getattr(value, "__qualname__", value) for key, value in settings.items()}
     for logger in trainer.loggers:
         logger.log_hyperparams({log_keys.SETTINGS_PREFIX: named})

@@ -107,6 +107,10 @@ class LowRankFactors(nn.Module):
         """Store a copy of ``lora_A`` and ``lora_B`` as the initial factors, whose product is subtracted."""
         self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
+    def is_trained(self) -> bool:
+        """Return whether training has changed ``lora_B``. A sharded adapter is gathered."""
+        return bool((gathered(self.lora_B) != (0 if self.start_B is None else self.start_B)).any())
+
     def set_rank(self, rank: int) -> None:
         """Set the current rank.
 
