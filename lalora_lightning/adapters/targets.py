@@ -7,7 +7,7 @@ from torch import nn
 
 from lalora_lightning.adapters.inspection import is_metric, linear_layers_seen
 from lalora_lightning.layers import IN_PROJ, is_linear, linear_shape
-from lalora_lightning.names import parent_name, state_name
+from lalora_lightning.names import state_name
 
 __all__ = ["FUSED_NAMES", "QUERY_VALUE_NAMES", "Targets", "find_targets", "match_modules", "require_untied_weights"]
 
@@ -117,15 +117,14 @@ def _among_what_is_trained(modules: Mapping[str, nn.Module], targets: Iterable[s
 
 
 def _query_and_value(modules: Mapping[str, nn.Module]) -> Targets:
-    linear = {name for name, module in modules.items() if is_linear(module)}
     targets: Targets = {}
-    for name in filter(linear.__contains__, modules):
+    for name in [name for name, module in modules.items() if is_linear(module)]:
         prefix, _, child = name.rpartition(".")
         if child in FUSED_NAMES or (child == IN_PROJ and isinstance(modules[prefix], nn.MultiheadAttention)):
             out_features, in_features = linear_shape(modules[name])
             # Other proportions mean something else: GPT-2's cross-attention fuses key and value only.
             if out_features == 3 * in_features:
-                interleaved = _interleaves_heads(modules[parent_name(name)])
+                interleaved = _interleaves_heads(modules[prefix])
                 targets[name] = None if interleaved else [(0, in_features), (2 * in_features, 3 * in_features)]
         elif any(child in pair and _has_linear(modules[prefix], pair) for pair in QUERY_VALUE_NAMES):
             targets[name] = None

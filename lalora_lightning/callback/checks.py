@@ -42,7 +42,7 @@ class LearningChecks:
             RuntimeError: Adapters are frozen.
         """
         require_trainable(pl_module)
-        if _optimizers_hold_parameters(trainer, pl_module):
+        if _optimized_parameters(trainer, pl_module):
             self._gradients = GradientMonitor(pl_module, patience=2 * len(trainer.optimizers))
 
     def before_optimizer_step(self) -> None:
@@ -68,9 +68,9 @@ def require_optimized(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Non
     Raises:
         RuntimeError: Parameters of adapters are missing in the optimizers.
     """
-    if not _optimizers_hold_parameters(trainer, pl_module):
+    optimized = _optimized_parameters(trainer, pl_module)
+    if not optimized:
         return
-    optimized = _optimized(trainer)
     forgotten = [
         f"{name}.{factor}"
         for name, layer in lora_layers(pl_module).items()
@@ -84,10 +84,7 @@ def require_optimized(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Non
         )
 
 
-def _optimizers_hold_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-    optimized = _optimized(trainer)
-    return any(id(p) in optimized for p in pl_module.parameters())
-
-
-def _optimized(trainer: pl.Trainer) -> set[int]:
-    return {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
+def _optimized_parameters(trainer: pl.Trainer, pl_module: pl.LightningModule) -> set[int]:
+    """Return the ids of the module's parameters that the optimizers contain."""
+    optimized = {id(p) for opt in trainer.optimizers for group in opt.param_groups for p in group["params"]}
+    return optimized.intersection(map(id, pl_module.parameters()))
