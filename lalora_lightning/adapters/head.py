@@ -1,6 +1,7 @@
 """Finding the task head, which is trained in full along with the adapters."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -8,10 +9,7 @@ from lalora_lightning.adapters.inspection import is_metric, linear_layers_seen, 
 from lalora_lightning.layers import is_linear
 from lalora_lightning.names import common_prefix, parent_name
 
-__all__ = ["LANGUAGE_MODEL_HEADS", "find_head", "head_parameters", "named_head_parameters"]
-
-LANGUAGE_MODEL_HEADS = ("lm_head", "embed_out", "output_projection")
-"""Names of output layers that are pretrained with a language model and are therefore not a task head."""
+__all__ = ["find_head", "head_parameters", "named_head_parameters", "output_layers"]
 
 
 def find_head(model: nn.Module, targets: Iterable[str]) -> set[str]:
@@ -27,21 +25,50 @@ def find_head(model: nn.Module, targets: Iterable[str]) -> set[str]:
         return set()
 
 
+def output_layers(modules: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of the output layers of language models, which are pretrained or tied to an embedding.
+
+    These are the linear layers that share the weight of an embedding, those that a transformers model names with
+    ``get_output_embeddings()``, and, outside of transformers models, those without bias that have the shape of an
+    embedding. The new output layer of a CTC model is none of them, because the model has no embedding of its symbols.
+
+    Args:
+        modules: All modules of the model by name, see :func:`lalora_lightning.adapters.named_modules`.
+    """
+    embeddings = [m.weight for m in modules.values() if isinstance(m, nn.Embedding)]
+    tied, shapes = {id(weight) for weight in embeddings}, {tuple(weight.shape) for weight in embeddings}
+    transformers_models = [name for name, module in modules.items() if hasattr(module, "get_output_embeddings")]
+    inside = tuple(f"{name}.".lstrip(".") for name in transformers_models)
+    named = {id(_output_embeddings(modules[name])) for name in transformers_models}
+    found = set()
+    for name, module in modules.items():
+        if is_linear(module):
+            # The weight of an output layer is never quantized.
+            weight: Any = module.weight
+            unbiased = module.bias is None and not name.startswith(inside)
+            if id(weight) in tied or id(module) in named or (unbiased and tuple(weight.shape) in shapes):
+                found.add(name)
+    return found
+
+
 def head_parameters(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> dict[str, nn.Parameter]:
     """Return the parameters that are trained in full by default: those of the task head.
 
-    Parameters that are already frozen or belong to an embedding are left out.
+    Parameters that are already frozen, belong to an embedding, or are the weight of a language model's output layer are
+    left out.
 
     Raises:
         ValueError: No head was found.
     """
     # The output layer of a language model is often its embedding, as in Whisper and BERT.
-    embeddings = {id(p) for m in modules.values() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    pretrained = {id(p) for m in modules.values() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    outputs = output_layers(modules)
+    pretrained |= {id(modules[name].weight) for name in outputs}
     return {
         f"{name}.{key}": p
-        for name in _find_head_modules(modules, targets)
+        for name in _find_head_modules(modules, targets, outputs)
         for key, p in named_parameters(modules[name])
-        if p.requires_grad and id(p) not in embeddings
+        if p.requires_grad and id(p) not in pretrained
     }
 
 
@@ -64,35 +91,71 @@ def named_head_parameters(
     return {f"{name}.{key}": p for name in head for key, p in named_parameters(modules[name])}
 
 
-def _find_head_modules(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> list[str]:
+def _find_head_modules(modules: Mapping[str, nn.Module], targets: Iterable[str], outputs: set[str]) -> list[str]:
     """Find the modules next to the adapted backbone that contain a linear layer.
 
     The search starts at the root and descends through the modules that contain all targets. It stops at the first one
     with a trainable child that has a linear layer but no target. Frozen children, such as a teacher, are skipped. If
-    all of them are frozen, nothing is trained in full.
+    all of them are frozen, or if the model ends in the output layer of a language model, nothing is trained in full.
+    A pooler of a text classifier that was never trained belongs to the head, too.
     """
-    any_frozen = False
+    targets = list(targets)
     paths = [name.split(".") for name in targets]
-    for depth in range(len(common_prefix(map(parent_name, targets))) + 1):
-        here = ".".join(paths[0][:depth])
-        prefix = here + "." if here else ""
-        # A second name of a module that is found elsewhere is not among the modules.
-        beside = [
-            name
-            for name, module in modules[here].named_children()
-            if prefix + name in modules
-            and name not in {path[depth] for path in paths}
-            and any(map(is_linear, module.modules()))
-            and not is_metric(module)
-        ]
-        trainable = [name for name in beside if any(p.requires_grad for p in modules[prefix + name].parameters())]
+    depths = range(len(common_prefix(map(parent_name, targets))) + 1)
+    levels = {".".join(paths[0][:depth]): _beside(modules, paths, depth) for depth in depths}
+    for depth, (here, beside) in enumerate(levels.items()):
+        trainable = [name for name in beside if any(p.requires_grad for p in modules[name].parameters())]
         if trainable:
-            return [prefix + name for name in trainable if name not in LANGUAGE_MODEL_HEADS]
-        any_frozen |= bool(beside)
-    if any_frozen:
+            inner = [name for beside in list(levels.values())[depth + 1 :] for name in beside]
+            poolers = _untrained_poolers(modules, here, inner, targets)
+            return poolers + [name for name in trainable if name not in outputs]
+    if outputs or any(levels.values()):
         return []
     raise ValueError(
         "Expected to find a task head next to the adapted layers but found none (a head that contains a target does "
         "not count); name the modules to train in full with modules_to_save, or pass an empty list to train only the "
         f"adapters. {linear_layers_seen(modules)}"
     )
+
+
+def _beside(modules: Mapping[str, nn.Module], paths: list[list[str]], depth: int) -> list[str]:
+    """Return the modules at this depth that contain a linear layer but no target."""
+    here = ".".join(paths[0][:depth])
+    prefix = here + "." if here else ""
+    # A second name of a module that is found elsewhere is not among the modules.
+    return [
+        prefix + name
+        for name, module in modules[here].named_children()
+        if prefix + name in modules
+        and name not in {path[depth] for path in paths}
+        and any(map(is_linear, module.modules()))
+        and not is_metric(module)
+    ]
+
+
+def _untrained_poolers(
+    modules: Mapping[str, nn.Module], here: str, inner: Iterable[str], targets: Iterable[str]
+) -> list[str]:
+    """Return the modules in the backbone of a text classifier that have never been trained, unlike the targets.
+
+    All their biases are zero, as initialized. Sentence encoders have such poolers, and checkpoints without a pooler.
+    """
+    # These classes use the pooler of their backbone. In other models it may be there without being used.
+    if not type(modules[here]).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice")):
+        return []
+    if not any(_has_bias(modules[target]) for target in targets):
+        return []
+    layers = {name: [m for m in modules[name].modules() if is_linear(m)] for name in inner}
+    return [name for name, linear in layers.items() if all(m.bias is not None and not _has_bias(m) for m in linear)]
+
+
+def _has_bias(layer: Any) -> bool:
+    """Return whether a linear layer has a bias other than zero; True if the values are unknown on the meta device."""
+    return layer.bias is not None and (layer.bias.is_meta or bool(layer.bias.any()))
+
+
+def _output_embeddings(model: Any) -> object:
+    try:
+        return model.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
