@@ -136,16 +136,19 @@ def _beside(modules: Mapping[str, nn.Module], paths: list[list[str]], depth: int
 def _untrained_poolers(
     modules: Mapping[str, nn.Module], here: str, inner: Iterable[str], targets: Iterable[str]
 ) -> list[str]:
-    """Return the modules in the backbone of a text classifier that have never been trained, unlike the targets.
+    """Return the modules after the adapted layers of a text classifier's backbone that have never been trained.
 
-    All their biases are zero, as initialized. Sentence encoders have such poolers, and checkpoints without a pooler.
+    All their biases are zero, as initialized, and those of the targets are not. Sentence encoders have such poolers,
+    and checkpoints without a pooler.
     """
     # These classes use the pooler of their backbone. In other models it may be there without being used.
     if not type(modules[here]).__name__.endswith(("ForSequenceClassification", "ForMultipleChoice")):
         return []
     if not any(_has_bias(modules[target]) for target in targets):
         return []
-    layers = {name: [m for m in modules[name].modules() if is_linear(m)] for name in inner}
+    order = {name: i for i, name in enumerate(modules)}
+    last = max(order[target] for target in targets)
+    layers = {name: [m for m in modules[name].modules() if is_linear(m)] for name in inner if order[name] > last}
     return [name for name, linear in layers.items() if all(m.bias is not None and not _has_bias(m) for m in linear)]
 
 

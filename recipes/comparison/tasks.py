@@ -8,11 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
-from transformers import BertForSequenceClassification
-from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 
 from lalora_lightning.data.glue import GlueDataModule
 from lalora_lightning.data.loading import load_splits
@@ -183,23 +181,10 @@ def _glue(settings: TaskSettings, task: str) -> ComparisonTask:
         learning_rate=5e-4,
         steps=-1,
         epochs=settings.epochs,
-        new_module=lambda learning_rate: _new_classifier(settings.model, data.num_labels, learning_rate),
+        new_module=lambda learning_rate: SequenceClassificationModule(settings.model, data.num_labels, learning_rate),
         # The seed of the process determines the order of the rows.
         loaders=lambda seed: ({"datamodule": data}, {"datamodule": data}),
     )
-
-
-def _new_classifier(name: str, num_labels: int, learning_rate: float) -> SequenceClassificationModule:
-    """Return a classifier; in BERT models, RoBERTa's head replaces the pooler and the classifier.
-
-    Poolers count as pretrained and are frozen. The pooler of sentence encoders was never trained, so a classifier on
-    top of it does not learn anything.
-    """
-    module = SequenceClassificationModule(name, num_labels, learning_rate)
-    if isinstance(module.model, BertForSequenceClassification):
-        module.model.base_model.pooler = nn.Identity()
-        module.model.classifier = RobertaClassificationHead(module.model.config)  # type: ignore[assignment]
-    return module
 
 
 def _new_vit(learning_rate: float) -> ImageClassificationModule:

@@ -43,8 +43,12 @@ def _wrap(module: nn.Module, config: Any) -> None:
     from peft import get_peft_model
 
     model = _text_classifier(module)
-    # peft finds the classifier by name but not DeBERTa's pooler, which is also new.
-    config.modules_to_save = sorted({name.split(".")[0] for name in find_head(model, find_projections(model).names)})
+    # peft finds the classifier by name but not DeBERTa's pooler, which is also new, or an untrained one in the backbone.
+    head = find_head(model, find_projections(model).names)
+    backbone = f"{model.base_model_prefix}."
+    config.modules_to_save = sorted(
+        {name[: name.index(".", len(backbone) if name.startswith(backbone) else 0)] for name in head}
+    )
     module.model = get_peft_model(model, config)
 
 

@@ -26,7 +26,11 @@ def test_glue(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch): 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     # Weights this large make predictions differ enough for torchmetrics before 1.9 to correlate them.
-    BertModel(BertConfig(vocab_size=8, initializer_range=0.5, **size)).save_pretrained(tokenizer)
+    encoder = BertModel(BertConfig(vocab_size=8, initializer_range=0.5, **size))
+    # As in sentence encoders, the encoder has been trained and its pooler has not.
+    for block in encoder.encoder.layer:
+        torch.nn.init.normal_(block.attention.self.query.bias)
+    encoder.save_pretrained(tokenizer)
     rows = {"sentence1": ["a b"] * 9, "sentence2": ["c", "d", "a"] * 3, "label": [0.0, 2.5, 5.0] * 3}
     data = write(tmp_path / "glue", "stsb", **rows)
     settings = TaskSettings(glue_path=data, model=tokenizer, epochs=2, batch_size=3, max_train_rows=6)
@@ -39,7 +43,7 @@ def test_glue(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch): 
     assert (record["task_settings"]["train_rows"], record["task_settings"]["test_rows"]) == (6, 9)
     assert record["score"] == record["scores"]["test/pearson"]
 
-    # LoRA at rank 2 on query and value of two blocks of width 16, and RoBERTa's head: a dense layer and the output.
+    # LoRA at rank 2 on query and value of two blocks of width 16, and the head: the pooler and the output.
     assert record["trainable_parameters"] == 2 * 2 * 2 * 32 + (16 * 16 + 16) + (16 + 1)
 
     data_module = build_task("glue/stsb", settings).loaders(0)[0]["datamodule"]
