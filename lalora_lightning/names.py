@@ -73,7 +73,8 @@ def group_names(names: Iterable[str], group_by: GroupBy = "block") -> dict[str, 
     Args:
         names: Names of the projections.
         group_by: ``"block"`` groups by the name up to the first index, so that a transformer block is a layer; an index
-            that all names share is skipped. ``"parent"`` groups by the parent module, so that an attention module is a
+            that all names share is skipped. In hierarchical models, where the first index is that of a stage, it
+            groups by the name up to the index of the block in the stage. ``"parent"`` groups by the parent module, so that an attention module is a
             layer. With ``"module"``, every projection is a layer of its own. A function maps the name of a projection
             to the name of its layer.
 
@@ -85,13 +86,15 @@ def group_names(names: Iterable[str], group_by: GroupBy = "block") -> dict[str, 
 
     >>> list(group_names(["encoder.layer.0.attention.query", "encoder.layer.1.attention.query"]))
     ['encoder.layer.0', 'encoder.layer.1']
+    >>> list(group_names([f"stages.{stage}.blocks.{block}.attn.qkv" for stage in (0, 1) for block in (0, 1)]))
+    ['stages.0.blocks.0', 'stages.0.blocks.1', 'stages.1.blocks.0', 'stages.1.blocks.1']
     """
     names = list(names)
     key: Callable[[str], str]
     if callable(group_by):
         key = group_by
     elif group_by == "block":
-        key = functools.partial(_block_name, shared=len(common_prefix(names)))
+        key = functools.partial(_block_name, shared=len(common_prefix(names)), lists=_lists_of_blocks(names))
     elif group_by == "parent":
         key = parent_name
     elif group_by == "module":
@@ -104,9 +107,30 @@ def group_names(names: Iterable[str], group_by: GroupBy = "block") -> dict[str, 
     return groups
 
 
-def _block_name(name: str, shared: int) -> str:
-    """Return the name up to its first index after the ``shared`` leading parts."""
+def _block_name(name: str, shared: int, lists: set[tuple[str, ...]]) -> str:
+    """Return the name up to its first index after the ``shared`` leading parts, or a later one in a list of blocks."""
     parts = name.split(".")
     indices = [i for i, part in enumerate(parts) if part.isdigit()]
     first = next((i for i in indices if i >= shared), indices[0] if indices else len(parts) - 1)
-    return ".".join(parts[: first + 1])
+    block = max([first, *(i for i in indices if i > first and _without_indices(parts[:i]) in lists)])
+    return ".".join(parts[: block + 1])
+
+
+def _lists_of_blocks(names: Iterable[str]) -> set[tuple[str, ...]]:
+    """Return the lists that contain transformer blocks rather than parts of one, by name without indices.
+
+    Blocks are alike: several of them contain the same projection under the same name, such as ``attn.qkv``. Sub-layers
+    differ (T5's ``SelfAttention.q`` and ``EncDecAttention.q``). Experts and heads are alike, too, but the projections
+    are their own children (``gate_proj``).
+    """
+    indices: dict[tuple[tuple[str, ...], tuple[str, ...]], set[str]] = {}
+    for name in names:
+        parts = tuple(name.split("."))
+        for i, part in enumerate(parts):
+            if part.isdigit() and sum(not inner.isdigit() for inner in parts[i + 1 :]) > 1:
+                indices.setdefault((parts[:i], parts[i + 1 :]), set()).add(part)
+    return {_without_indices(prefix) for (prefix, _), found in indices.items() if len(found) > 1}
+
+
+def _without_indices(parts: Iterable[str]) -> tuple[str, ...]:
+    return tuple("*" if part.isdigit() else part for part in parts)
