@@ -73,10 +73,10 @@ def group_names(names: Iterable[str], group_by: GroupBy = "block") -> dict[str, 
     Args:
         names: Names of the projections.
         group_by: ``"block"`` groups by the name up to the first index, so that a transformer block is a layer; an index
-            that all names share is skipped. In hierarchical models, where the first index is that of a stage, it
-            groups by the name up to the index of the block in the stage. ``"parent"`` groups by the parent module, so that an attention module is a
-            layer. With ``"module"``, every projection is a layer of its own. A function maps the name of a projection
-            to the name of its layer.
+            that all names share is skipped. In hierarchical models, where the first index is that of a stage, it groups
+            by the name up to the index of the block in the stage. ``"parent"`` groups by the parent module, so that an
+            attention module is a layer. With ``"module"``, every projection is a layer of its own. A function maps the
+            name of a projection to the name of its layer.
 
     Returns:
         The names of each layer's projections, by the name of the layer.

@@ -1,5 +1,6 @@
 """add_lora: adapt a model in place."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 from lalora_lightning.adapters.head import head_parameters, named_head_parameters
 from lalora_lightning.adapters.insertion import insert_layers
 from lalora_lightning.adapters.inspection import AdapterSummary, lora_layers, named_modules, summarize
+from lalora_lightning.adapters.remarks import remarks
 from lalora_lightning.adapters.targets import find_targets, match_modules, require_untied_weights
 from lalora_lightning.initialization import Init
 from lalora_lightning.layers import TruncatedLoRALinear, lora_scaling
@@ -43,10 +45,12 @@ def add_lora(
             every module of this name, and ``"layer.3.query"`` is more specific. These projections are adapted as a
             whole. By default, query and value projections are found by their usual names. In fused projections
             (``qkv``, ``Wqkv``, ``c_attn``, and ``in_proj`` of ``nn.MultiheadAttention``), the default only adapts the
-            slices of query and value. Frozen modules are left alone if other matches are trainable.
+            slices of query and value, or the whole projection if it is ordered head by head. Frozen modules are left
+            alone if other matches are trainable.
         modules_to_save: Names of the modules that are trained in full. By default this is the task head: the modules
-            next to the adapted backbone that contain a linear layer, except for embeddings and parameters that are
-            already frozen. With an empty list, only the adapters are trained.
+            next to the adapted backbone that contain a linear layer, and a text classifier's pooler that was never
+            trained. Embeddings, output layers of language models and parameters that are already frozen are excepted.
+            With an empty list, only the adapters are trained.
         device: Device of the adapters; by default that of the adapted weights.
         dtype: Data type of the adapters' parameters, also if the base model has a lower precision.
         rank_pattern: Maximum ranks for some projections, by a part of their names, such as
@@ -100,6 +104,8 @@ def add_lora(
         except ValueError as error:
             raise ValueError(f"Cannot adapt {name}. {error}") from error
 
+    for remark in remarks(modules, targets, target_modules, dropout):
+        warnings.warn(f"La-LoRA: {remark}", stacklevel=2)
     insert_layers(model, adapted, trained.values())
     return summarize(model)
 

@@ -1,7 +1,7 @@
 """Inspecting a model: its LoRA layers, its modules by their names in the state dict, and parameter counts."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,6 +11,7 @@ from lalora_lightning.names import GroupBy, group_names, parent_name, state_name
 
 __all__ = [
     "AdapterSummary",
+    "expert_parameters",
     "is_metric",
     "linear_layers_seen",
     "lora_layers",
@@ -124,6 +125,37 @@ def linear_layers_seen(modules: Mapping[str, nn.Module]) -> str:
             kinds.setdefault(re.sub(r"\d+", "*", name), []).append(name)
     seen = [names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})" for names in kinds.values()]
     return f"Linear layers seen: {', '.join(seen) or 'none'}."
+
+
+def expert_parameters(modules: Mapping[str, nn.Module], target_modules: Sequence[str] | str) -> list[str]:
+    """Return the names of 3-D parameters, stacks of linear weights, that ``target_modules`` would select as modules.
+
+    In fused parameters, such as ``gate_up_proj``, ``gate_proj`` and ``up_proj`` are found.
+
+    Args:
+        modules: All modules of the model by name.
+        target_modules: A regular expression or names, as in :func:`lalora_lightning.add_lora`.
+    """
+    return [
+        f"{name}.{key}".lstrip(".")
+        for name, module in modules.items()
+        for key, p in module.named_parameters(recurse=False)
+        # Not a token or a position embedding (1, T, d), and not the weight of a convolution.
+        if p.ndim == 3 and p.shape[0] > 1 and key != "weight" and _selects(target_modules, f"{name}.{key}".lstrip("."))
+    ]
+
+
+def _selects(target_modules: Sequence[str] | str, name: str) -> bool:
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    prefix, _, key = name.rpartition(".")
+    for wanted in target_modules:
+        before, _, child = wanted.rpartition(".")
+        words, wanted_words = key.split("_"), child.split("_")
+        fused = len(wanted_words) > 1 and wanted_words[-1] == words[-1] and set(wanted_words) <= set(words)
+        if (child == key or fused) and (not before or f".{prefix}".endswith(f".{before}")):
+            return True
+    return False
 
 
 def summarize(model: nn.Module, group_by: GroupBy = "block") -> AdapterSummary:

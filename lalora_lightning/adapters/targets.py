@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from lalora_lightning.adapters.inspection import is_metric, linear_layers_seen
+from lalora_lightning.adapters.fused import interleaved_projections
+from lalora_lightning.adapters.inspection import expert_parameters, is_metric, linear_layers_seen
 from lalora_lightning.layers import IN_PROJ, is_linear, linear_shape
 from lalora_lightning.names import state_name
 
@@ -81,8 +82,10 @@ def match_modules(argument: str, modules: Mapping[str, nn.Module], wanted: Seque
         matched = [name for name in modules if any(("." + name).endswith("." + end) for end in wanted)]
         missing = [end for end in wanted if not any(("." + name).endswith("." + end) for name in matched)]
     if missing:
+        experts = expert_parameters(modules, wanted if isinstance(wanted, str) else missing)
         raise ValueError(
             f"Expected {argument} to match modules but nothing matches {', '.join(map(repr, missing))}. "
+            + (f"{experts[0]} is a 3-D parameter, which cannot be adapted. " if experts else "")
             + linear_layers_seen(modules)
         )
     return matched
@@ -122,11 +125,16 @@ def _query_and_value(modules: Mapping[str, nn.Module]) -> Targets:
         prefix, _, child = name.rpartition(".")
         if child in FUSED_NAMES or (child == IN_PROJ and isinstance(modules[prefix], nn.MultiheadAttention)):
             out_features, in_features = linear_shape(modules[name])
-            # Other proportions mean something else: GPT-2's cross-attention fuses key and value only.
-            if out_features == 3 * in_features:
-                interleaved = _interleaves_heads(modules[prefix])
-                targets[name] = None if interleaved else [(0, in_features), (2 * in_features, 3 * in_features)]
+            # Other proportions mean something else: GPT-2's cross-attention fuses key and value only. Where the width
+            # of a hierarchical model changes, the outputs are wider than the inputs (Hiera, MViT).
+            if out_features % (3 * in_features) == 0:
+                third = out_features // 3
+                targets[name] = [(0, third), (2 * third, 3 * third)]
         elif any(child in pair and _has_linear(modules[prefix], pair) for pair in QUERY_VALUE_NAMES):
+            targets[name] = None
+    fused = [name for name, slices in targets.items() if slices is not None]
+    for name, interleaved in interleaved_projections(modules, fused).items():
+        if interleaved:
             targets[name] = None
     return targets
 
@@ -135,9 +143,3 @@ def _has_linear(parent: nn.Module, names: Iterable[str]) -> bool:
     """Return whether a module has linear children of all these names, which may have other names elsewhere, too."""
     children = [getattr(parent, name, None) for name in names]
     return all(isinstance(child, nn.Module) and is_linear(child) for child in children)
-
-
-def _interleaves_heads(attention: nn.Module) -> bool:
-    """Return whether a fused projection interleaves query, key and value head by head."""
-    # timm's MaxViT and CoAtNet; GPTBigCode with multi_query=False. With True, its projection has other proportions.
-    return getattr(attention, "head_first", False) or hasattr(attention, "multi_query")

@@ -43,7 +43,7 @@ def _wrap(module: nn.Module, config: Any) -> None:
     from peft import get_peft_model
 
     model = _text_classifier(module)
-    # peft finds the classifier by name but not DeBERTa's pooler, which is also new, or an untrained one in the backbone.
+    # peft finds the classifier by name but not DeBERTa's pooler, which is also new, nor one that was never trained.
     head = find_head(model, find_projections(model).names)
     backbone = f"{model.base_model_prefix}."
     config.modules_to_save = sorted(

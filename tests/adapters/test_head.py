@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 
 from lalora_lightning import add_lora
-from tests.helpers.families import TEXT
+from tests.helpers.families import SMALL, TEXT, gpt2, t5
 from tests.helpers.models import TinyTransformer, unchanged
 
 
@@ -70,3 +70,100 @@ def test_a_target_in_a_module_that_is_trained_in_full(model: TinyTransformer):
     with pytest.raises(ValueError, match=r"blocks\.1\.query is inside blocks\.1, which is trained in full"):
         add_lora(model, modules_to_save=["blocks.1", "head"])
     assert unchanged(model)
+
+
+SPEECH = {
+    "conv_dim": (8, 8),
+    "conv_stride": (5, 4),
+    "conv_kernel": (10, 8),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+    **SMALL,
+}
+
+
+def encoder_decoder() -> nn.Module:
+    vision = transformers.ViTModel(transformers.ViTConfig(**SMALL, image_size=16, patch_size=8))
+    config = transformers.TrOCRConfig(
+        vocab_size=50, d_model=32, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=48
+    )
+    return transformers.VisionEncoderDecoderModel(encoder=vision, decoder=transformers.TrOCRForCausalLM(config))
+
+
+LANGUAGE_MODELS = {
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT)),
+    "llama-tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**TEXT, tie_word_embeddings=True)),
+    "gpt2": gpt2,
+    "t5": t5,
+    "gpt-neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**TEXT)),
+    # The output layer is not at the root, and every module there has a target.
+    "trocr": encoder_decoder,
+}
+
+
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_the_output_layer_of_a_language_model_is_no_head(family: str):
+    targets = ["query_key_value"] if family == "gpt-neox" else None
+    assert add_lora(LANGUAGE_MODELS[family](), rank=2, target_modules=targets).head == ()
+
+
+def test_the_output_layer_of_a_masked_language_model_is_no_head():
+    """RoBERTa's is treated like BERT's: its dense layer learns, the matrix of the vocabulary does not, tied or not."""
+    for tied in (True, False):
+        model = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**TEXT, tie_word_embeddings=tied))
+        add_lora(model, rank=2)
+        assert model.lm_head.dense.weight.requires_grad
+        assert not model.lm_head.decoder.weight.requires_grad
+
+
+def test_the_output_layer_of_a_ctc_model_is_a_head():
+    model = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**SPEECH, vocab_size=12))
+    assert add_lora(model, rank=2).head == ("lm_head",)
+
+
+class Decoder(nn.Module):
+    """A language model outside of transformers, with an output layer of any name."""
+
+    def __init__(self, classes: int, bias: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 8)
+        self.positions = nn.Embedding(20, 8)
+        self.blocks = TinyTransformer().blocks
+        self.output = nn.Linear(8, classes, bias=bias)
+
+
+def test_language_models_outside_of_transformers():
+    assert add_lora(Decoder(50, bias=False), rank=2).head == ()
+    tied = Decoder(50, bias=True)
+    tied.output.weight = tied.embedding.weight
+    assert add_lora(tied, rank=2).head == ()
+    assert add_lora(Decoder(50, bias=True), rank=2).head == ("output",)
+    assert add_lora(Decoder(2, bias=False), rank=2).head == ("output",)
+
+
+def test_as_many_classes_as_tokens_are_classes():
+    config = transformers.LlamaConfig(**TEXT, pad_token_id=0, num_labels=50)
+    assert add_lora(transformers.LlamaForSequenceClassification(config), rank=2).head == ("score",)
+
+
+def bert_classifier(pooler: float, encoder: float = 0.1) -> nn.Module:
+    """A classifier with these biases: zero if the module has never been trained."""
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT))
+    nn.init.constant_(model.bert.pooler.dense.bias, pooler)
+    nn.init.constant_(model.bert.encoder.layer[0].attention.self.query.bias, encoder)
+    return model
+
+
+def test_a_pooler_that_was_never_trained_belongs_to_the_head():
+    assert add_lora(bert_classifier(pooler=0.0), rank=2).head == ("bert.pooler.dense", "classifier")
+    assert add_lora(bert_classifier(pooler=0.1), rank=2).head == ("classifier",)
+    # Nothing of it was trained, so nothing is known of the pooler.
+    assert add_lora(bert_classifier(pooler=0.0, encoder=0.0), rank=2).head == ("classifier",)
+    frozen = bert_classifier(pooler=0.0)
+    frozen.bert.pooler.requires_grad_(False)
+    assert add_lora(frozen, rank=2).head == ("classifier",)
+
+    # A head of one's own may not use the pooler at all, which would be an unused parameter with DDP.
+    wrapper = nn.ModuleDict({"backbone": bert_classifier(pooler=0.0).bert, "out": nn.Linear(32, 3)})
+    assert add_lora(wrapper, rank=2).head == ("out",)
