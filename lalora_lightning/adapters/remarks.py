@@ -5,6 +5,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -65,7 +66,8 @@ def _is_read(modules: Mapping[str, nn.Module], name: str) -> bool:
         # nn.MultiheadAttention is refused.
         if parent is None or isinstance(parent, nn.MultiheadAttention):
             break
-        read, called = _uses(type(parent), f"self.{path}")
+        kind: Any = type(parent)
+        read, called = _uses(kind, f"self.{path}")
         # timm's BEiT, EVA and Swin v2 do both: they read the weight if the biases are parameters of the attention.
         separate = getattr(parent, "q_bias", None) is not None and not getattr(parent, "qkv_bias_separate", False)
         reads, calls = reads or read, calls or (called and not (read and separate))

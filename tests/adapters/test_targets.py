@@ -165,3 +165,12 @@ def test_a_backbone_that_is_frozen_as_a_whole_is_adapted(model: TinyTransformer)
     model.blocks.requires_grad_(False)
     add_lora(model, rank=2)
     assert len(lora_layers(model)) == 6
+
+
+def test_a_block_of_a_hierarchical_model_is_a_layer():
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=2, embed_dim=8, depths=(2, 1), num_heads=(1, 2)
+    )
+    assert add_lora(swin, rank=2).layers == 3
+    config = transformers.SwinConfig(image_size=32, window_size=2, embed_dim=8, depths=[2, 1], num_heads=[1, 2])
+    assert add_lora(transformers.SwinForImageClassification(config), rank=2).layers == 3
