@@ -69,8 +69,9 @@ def _is_read(modules: Mapping[str, nn.Module], name: str) -> bool:
         kind: Any = type(parent)
         read, called = _uses(kind, f"self.{path}")
         # timm's BEiT, EVA and Swin v2 do both: they read the weight if the biases are parameters of the attention.
-        separate = getattr(parent, "q_bias", None) is not None and not getattr(parent, "qkv_bias_separate", False)
-        reads, calls = reads or read, calls or (called and not (read and separate))
+        if kind.__module__.startswith("timm.") and getattr(parent, "q_bias", None) is not None:
+            called = called and (not read or getattr(parent, "qkv_bias_separate", False))
+        reads, calls = reads or read, calls or called
         prefix, _, child = prefix.rpartition(".")
         path = f"{child}.{path}"
     return reads and not calls
@@ -105,7 +106,12 @@ def _forward_nodes(kind: type) -> Iterator[ast.AST]:
             tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(kind, pending.pop()))))
         except (OSError, TypeError, SyntaxError):
             continue
-        for node in ast.walk(tree):
+        nodes = list(ast.walk(tree))
+        own_name = next((node.arg for node in nodes if isinstance(node, ast.arg)), "self")
+        for node in nodes:
+            if isinstance(node, ast.Name) and node.id == own_name:
+                node.id = "self"
+        for node in nodes:
             yield node
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self" and node.attr not in seen:
                 seen.add(node.attr)

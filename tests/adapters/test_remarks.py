@@ -25,8 +25,8 @@ class Block(nn.Module):
         x = x @ self.inner.nested.weight
         return self.called(self.inspected(x.to(self.inspected.weight.dtype)))
 
-    def project(self, x: Tensor) -> Tensor:
-        return x @ self.read.weight.T + self.read.bias
+    def project(this, x: Tensor) -> Tensor:  # noqa: N805
+        return x @ this.read.weight.T + this.read.bias
 
 
 def net() -> nn.Module:
@@ -71,6 +71,9 @@ def test_usual_models_call_their_layers(recwarn):
     add_lora(timm_vit(), rank=2, dropout=0.1)
     # T5 reads the data type of wo.
     add_lora(t5(), rank=2, dropout=0.1, target_modules=["q", "v", "wo"], modules_to_save=[])
+    # DeBERTa reads the weight in a branch that is not used, and has biases of its own.
+    deberta = transformers.DebertaForSequenceClassification(transformers.DebertaConfig(**TEXT))
+    add_lora(deberta, rank=2, dropout=0.1, target_modules=["in_proj"])
     assert not recwarn
 
 
