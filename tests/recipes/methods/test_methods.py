@@ -120,6 +120,15 @@ def test_all_methods_start_with_the_same_head():
     assert all(torch.equal(head, heads[0]) for head in heads)
 
 
+def test_virtual_tokens_train_a_pooler_that_was_never_trained():
+    """And not the whole backbone around it."""
+    module, _ = text()
+    nn.init.ones_(module.model.bert.encoder.layer[0].attention.self.query.bias)
+    nn.init.zeros_(module.model.bert.pooler.dense.bias)
+    METHODS["prompt"].adapt(module, tokens=4)
+    assert trainable(module) == 4 * 16 + (16 * 16 + 16) + HEAD
+
+
 def test_virtual_tokens_train_all_of_a_new_head():
     """DeBERTa's pooler is as new as its classifier, and peft looks for the latter only."""
     module, _ = text()
