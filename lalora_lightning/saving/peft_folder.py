@@ -69,7 +69,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         tensors = load_file(folder / WEIGHTS_FILE)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"Expected a PEFT adapter in {folder} but it cannot be read ({error}).") from error
     if not isinstance(config, dict):
         raise ValueError(
