@@ -35,18 +35,20 @@ def warn_of_save_pretrained(layer: Any, prefix: str, keep_vars: bool) -> None:
     ``from_pretrained`` of transformers, sentence-transformers and diffusers builds a model without LoRA layers, where
     the adapted weights have other names, and initializes them at random.
     """
-    frame = sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_name != "save_pretrained":
-        frame = frame.f_back
+    frame, depth = sys._getframe(), 1
+    while frame.f_code.co_name != "save_pretrained":
+        if frame.f_back is None:
+            return
+        frame, depth = frame.f_back, depth + 1
     model = frame.f_locals.get("self")
-    if frame.f_code.co_name != "save_pretrained" or model is None or model in _warned:
+    if model is None or model in _warned:
         return
     _warned.add(model)
     warnings.warn(
-        f"La-LoRA: save_pretrained writes an adapted {type(model).__name__}, whose adapted weights from_pretrained will "
-        "initialize at random. Use save_peft_adapter(model, folder), or call merge_lora(model, remove=True) first. "
+        f"La-LoRA: save_pretrained writes an adapted {type(model).__name__}, whose adapted weights from_pretrained "
+        "initializes at random. Use save_peft_adapter(model, folder), or call merge_lora(model, remove=True) first. "
         "What is written now can be read with load_lora_state_dict(base_model, folder).",
-        stacklevel=2,
+        stacklevel=depth + 1,
     )
 
 

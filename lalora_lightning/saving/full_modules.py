@@ -5,9 +5,12 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import nn
 
 from lalora_lightning.layers import TruncatedLoRALinear, is_quantized
-from lalora_lightning.names import state_name
+from lalora_lightning.names import parent_name, state_name
 
-__all__ = ["base_modules", "has_moving_buffers", "outermost", "owners_of_buffers", "trained_modules"]
+__all__ = ["CONTAINERS", "base_modules", "has_moving_buffers", "outermost", "owners_of_buffers", "trained_modules"]
+
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules that PEFT cannot save in full, because code reads them by index or name."""
 
 
 def base_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -41,15 +44,14 @@ def trained_modules(modules: Mapping[str, nn.Module]) -> list[str]:
                     "adapter cannot contain; use lora_state_dict(model), or merge_lora(model, remove=True)."
                 )
         elif any(p.requires_grad for p in module._parameters.values() if p is not None):
-            # The parameters of a parametrization belong to the module that it parametrizes.
-            names.append(name.partition(".parametrizations.")[0])
+            names.append(_saved_as(name, modules))
     return names
 
 
 def owners_of_buffers(modules: Mapping[str, nn.Module]) -> list[str]:
     """Return the names of the modules with buffers that training may move, such as BatchNorm's statistics."""
     return [
-        name.partition(".parametrizations.")[0]
+        _saved_as(name, modules)
         for name, module in modules.items()
         if not isinstance(module, TruncatedLoRALinear) and has_moving_buffers(module)
     ]
@@ -62,6 +64,15 @@ def has_moving_buffers(module: nn.Module) -> bool:
         for key, buffer in module._buffers.items()
         if buffer is not None and key not in module._non_persistent_buffers_set
     )
+
+
+def _saved_as(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """Return the name of the module that PEFT has to save so that it saves a module."""
+    # The parameters of a parametrization belong to the module that it parametrizes.
+    name = name.partition(".parametrizations.")[0]
+    while isinstance(modules[name], CONTAINERS):
+        name = parent_name(name)
+    return name
 
 
 def outermost(names: Collection[str]) -> Iterator[str]:

@@ -22,6 +22,7 @@ from lalora_lightning.adapters import (
 from lalora_lightning.layers import TruncatedLoRALinear, is_conv1d, is_linear, linear_shape, lora_scaling
 from lalora_lightning.names import parent_name, state_name
 from lalora_lightning.saving.full_modules import (
+    CONTAINERS,
     base_modules,
     has_moving_buffers,
     outermost,
@@ -87,7 +88,7 @@ def save_peft_adapter(
         raise ValueError("Expected trained parameters to be in submodules but the model has some of its own.")
     saved = list(outermost([*trained, *_separate_owners_of_buffers(modules, layers)]))
     matched = saved_with(saved, modules)
-    require_saved_apart(saved, matched, layers)
+    require_saved_apart(saved, matched, layers, [n for n in matched if isinstance(modules[n], CONTAINERS)])
     folder = Path(folder)
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"Expected {folder} to be new or empty; set overwrite=True to replace an adapter in it.")
@@ -301,7 +302,7 @@ def _fits(value: Tensor, own: Tensor | None) -> bool:
         own is not None
         and value.shape == own.shape
         and (value.is_floating_point(), value.is_complex()) == (own.is_floating_point(), own.is_complex())
-        and not value.isnan().any()
+        and not (value.is_floating_point() and value.float().isnan().any())
     )
 
 
@@ -346,7 +347,7 @@ def _layer(module: nn.Module, pair: Mapping[str, Tensor], scaling: float, highes
             f"{tuple(B.shape)}"
         )
     for side, factor in pair.items():
-        if not factor.is_floating_point() or not factor.isfinite().all():
+        if not factor.is_floating_point() or not factor.float().isfinite().all():
             raise ValueError(f"expected lora_{side} to hold finite floating-point numbers")
     # Adapters are trained in float32 even if the file holds half precision.
     dtype = torch.promote_types(A.dtype, torch.float32)

@@ -50,32 +50,36 @@ def saved_with(saved: Collection[str], names: Iterable[str]) -> list[str]:
     return [name for name in names if name.endswith(tuple(saved))]
 
 
-def require_saved_apart(saved: Collection[str], matched: Collection[str], targets: Collection[str]) -> None:
+def require_saved_apart(
+    saved: Collection[str], matched: Collection[str], targets: Collection[str], containers: Collection[str] = ()
+) -> None:
     """Check that PEFT can save these modules in full, apart from the adapted ones and from each other.
 
     Args:
         saved: Entries of ``modules_to_save``.
         matched: The modules that PEFT saves for them, see :func:`saved_with`.
         targets: Names of the adapted modules.
+        containers: Those of the matched modules that are lists or dicts of modules or parameters.
 
     Raises:
         ValueError: It cannot.
     """
     for name in matched:
         end = next(end for end in saved if name.endswith(end))
-        as_well = "" if name in saved else f" {name}, whose name ends with {end}, and that"
-        for target in targets:
-            if f"{target}.".startswith(f"{name}.") or f"{name}.".startswith(f"{target}."):
-                raise ValueError(
-                    f"Expected modules that PEFT can save in full but with {end} it would save{as_well or ' a module'} "
-                    f"where {target} is adapted; {_ADVICE}"
-                )
+        adapted = next((t for t in targets if f"{t}.".startswith(f"{name}.") or name.startswith(f"{t}.")), None)
         nested = next((other for other in matched if other.startswith(f"{name}.")), None)
-        if nested is not None:
-            raise ValueError(
-                f"Expected modules that PEFT can save in full but with {end} it would save {name} and also {nested}, "
-                f"which is inside of it; {_ADVICE}"
-            )
+        if adapted is not None:
+            reason = f"{name}, where {adapted} is adapted"
+        elif nested is not None:
+            reason = f"{name} and again {nested} inside of it"
+        elif name in containers:
+            reason = f"{name}, which is a list or dict"
+        else:
+            continue
+        raise ValueError(
+            f"Expected modules that PEFT can save in full but it saves every module whose name ends with {end}, "
+            f"here {reason}; {_ADVICE}"
+        )
     for end in saved:
         try:
             pattern = re.compile(rf"(^|.*\.){end}($|\..*)")

@@ -193,12 +193,18 @@ def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
 def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, TruncatedLoRALinear]:
     """Return new layers around modules of the model, by name, as a state describes them."""
     layers, problems = {}, []
-    modules = named_modules(model)
+    # Also the further names of a module, which is adapted once.
+    modules = {state_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    modules |= named_modules(model)
+    adapted: set[nn.Module] = set()
     for name in [key.removesuffix(".lora_B") for key in state if str(key).endswith(".lora_B")]:
         factor, extra = state[f"{name}.lora_B"], state.get(f"{name}._extra_state")
         try:
             if name not in modules:
                 raise ValueError("the model has no such module")
+            if modules[name] in adapted:
+                continue
+            adapted.add(modules[name])
             if not isinstance(factor, Tensor) or not isinstance(extra, Tensor) or extra.ndim != 1 or len(extra) < 3:
                 raise ValueError("lora_B or _extra_state do not describe an adapter")
             scaling, *edges = extra.tolist()
