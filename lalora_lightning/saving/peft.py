@@ -1,51 +1,31 @@
-"""Exporting adapters to PEFT's format and importing adapters from it."""
+"""Exporting adapters to PEFT's format."""
 
-import math
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lalora_lightning.adapters import (
-    insert_layers,
-    lora_layers,
-    named_modules,
-    named_parameters,
-    require_lora_layers,
-)
-from lalora_lightning.layers import TruncatedLoRALinear, is_conv1d, is_linear, linear_shape, lora_scaling
+from lalora_lightning.adapters import named_modules, require_lora_layers
+from lalora_lightning.layers import TruncatedLoRALinear, is_conv1d
 from lalora_lightning.names import parent_name, state_name
 from lalora_lightning.saving.full_modules import (
     CONTAINERS,
     base_modules,
-    has_moving_buffers,
     outermost,
     owners_of_buffers,
     trained_modules,
 )
 from lalora_lightning.saving.model_card import model_card
-from lalora_lightning.saving.peft_folder import local_folder, read_folder, write_folder
-from lalora_lightning.saving.peft_names import (
-    exact_pattern,
-    pattern_value,
-    require_saved_apart,
-    saved_with,
-    target_modules,
-)
-from lalora_lightning.saving.state import load_by_name
-from lalora_lightning.saving.wrappers import unwrapped
+from lalora_lightning.saving.peft_folder import KEY_PREFIX, write_folder
+from lalora_lightning.saving.peft_names import exact_pattern, require_saved_apart, saved_with, target_modules
+from lalora_lightning.saving.wrappers import model_itself
 from lalora_lightning.sharding import gathered
 
-__all__ = ["load_peft_adapter", "push_peft_adapter", "save_peft_adapter"]
-
-# PEFT wraps a model in two modules of these names.
-_PREFIX = "base_model.model."
+__all__ = ["push_peft_adapter", "save_peft_adapter"]
 
 
 def save_peft_adapter(
@@ -78,8 +58,7 @@ def save_peft_adapter(
             layer or its name does not single it out.
         FileExistsError: The folder is not empty.
     """
-    model = unwrapped(model)
-    _require_model_itself(model)
+    model = model_itself(model)
     layers = require_lora_layers(model)
     _require_exportable(model, layers)
     modules = base_modules(model)
@@ -100,14 +79,14 @@ def save_peft_adapter(
         factors = {name: _padded(A, B, highest) for name, (A, B) in factors.items()}
         ranks = dict.fromkeys(ranks, highest)
     tensors = {
-        f"{_PREFIX}{name}.lora_{side}.weight": factor.contiguous()
+        f"{KEY_PREFIX}{name}.lora_{side}.weight": factor.contiguous()
         for name, pair in factors.items()
         for side, factor in zip("AB", pair, strict=True)
     }
     for name in matched:
         for key, value in modules[name].state_dict().items():
             # A copy, because safetensors refuses tensors that share memory.
-            tensors[f"{_PREFIX}{name}.{state_name(key)}"] = gathered(value).detach().clone().contiguous()
+            tensors[f"{KEY_PREFIX}{name}.{state_name(key)}"] = gathered(value).detach().clone().contiguous()
     pattern = {exact_pattern(name, ranks): rank for name, rank in ranks.items() if rank != highest}
     config = {
         "peft_type": "LORA",
@@ -163,79 +142,6 @@ def push_peft_adapter(
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter"))
 
 
-def load_peft_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], revision: str | None = None, token: str | None = None
-) -> None:
-    """Adapt a model with a LoRA adapter that PEFT trained, for inference or further training.
-
-    The maximum rank of all layers is the highest rank of the adapter. Layers of a lower rank are padded with new
-    components beyond the current rank. A :class:`RankAllocator` first sets all ranks to 1, unless it has
-    ``gradual_budget=False``.
-
-    Args:
-        model: The base model, without LoRA layers.
-        folder: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``; or the name ``"user/name"`` of
-            a repository on the Hub, if there is no such folder.
-        revision: Branch, tag or commit of the repository.
-        token: Access token for a private repository; by default the one that ``hf auth login`` stored.
-
-    Raises:
-        FileNotFoundError: The folder lacks one of the files, or the repository cannot be found or downloaded.
-        ValueError: The adapter is not a plain LoRA adapter, is damaged, or does not fit the model; or it trained a
-            parameter apart from those that are tied to it. The model is left unchanged.
-    """
-    model = unwrapped(model)
-    _require_model_itself(model)
-    if lora_layers(model):
-        raise ValueError("Expected a model without LoRA layers but it has some already.")
-    config, tensors = read_folder(local_folder(folder, revision, token))
-    factors: dict[str, dict[str, Tensor]] = {}
-    saved: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        key = state_name(key.removeprefix(_PREFIX))
-        name, match, side = key.rpartition(".lora_")
-        if match and side in ("A.weight", "B.weight"):
-            factors.setdefault(name, {})[side[0]] = value
-        else:
-            saved[key] = value
-    modules = named_modules(model)
-    own = {state_name(key): value for key, value in model.state_dict().items()}
-    problems = [f"{key} does not fit the model" for key, value in saved.items() if not _fits(value, own.get(key))]
-    # Earlier versions of this package wrote a tied parameter under one name. PEFT writes many more settings.
-    one_name_is_enough = "auto_mapping" not in config or config.get("ensure_weight_tying") is True
-    if not problems:
-        problems = _tied_problems(model, saved, one_name_is_enough)
-    highest = max((len(pair["A"]) for pair in factors.values() if "A" in pair and pair["A"].ndim == 2), default=0)
-    layers = {}
-    for name, pair in factors.items():
-        try:
-            if not is_linear(modules.get(name, nn.Identity())):
-                raise ValueError("the model has no linear layer of this name")
-            missing = [f"lora_{side}" for side in "AB" if side not in pair]
-            if missing:
-                raise ValueError(f"{missing[0]} is missing")
-            layers[name] = _layer(modules[name], pair, _scaling(config, name, pair), highest)
-        except (ValueError, RuntimeError, TypeError, ArithmeticError, re.error) as error:
-            problems.append(f"{name}: {str(error).rstrip('.')}")
-    if not factors:
-        problems.append("it contains no LoRA adapter of a linear layer")
-    if problems:
-        raise ValueError(f"Cannot adapt the model with {folder}: {'; '.join(problems)}.")
-    frozen = _unchanged_owners_of_buffers(modules, own, saved)
-    trained = [p for name, p in named_parameters(model) if name in saved and parent_name(name) not in frozen]
-    insert_layers(model, layers, trained)
-    load_by_name(model, saved)
-
-
-def _require_model_itself(model: nn.Module) -> None:
-    # The class is compared by name, so that this file does not import Lightning.
-    if any(kind.__name__ == "LightningModule" for kind in type(model).__mro__):
-        raise ValueError(
-            f"Expected the model itself but got the LightningModule {type(model).__name__}, whose layers have "
-            "other names than those of the base model; pass the attribute with the model, such as module.model."
-        )
-
-
 def _require_exportable(model: nn.Module, layers: Mapping[str, TruncatedLoRALinear]) -> None:
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
@@ -279,79 +185,3 @@ def _separate_owners_of_buffers(modules: Mapping[str, nn.Module], targets: Mappi
             stacklevel=3,
         )
     return [name for name in owners if name not in around]
-
-
-def _unchanged_owners_of_buffers(
-    modules: Mapping[str, nn.Module], own: Mapping[str, Tensor], saved: Mapping[str, Tensor]
-) -> set[str]:
-    """Return the modules that an adapter contains only because of their buffers, such as a frozen BatchNorm."""
-    return {
-        name
-        for name, module in modules.items()
-        if has_moving_buffers(module)
-        and all(
-            torch.equal(saved[key].to(own[key]), own[key])
-            for key in (f"{name}.{parameter}".lstrip(".") for parameter in module._parameters)
-            if key in saved
-        )
-    }
-
-
-def _fits(value: Tensor, own: Tensor | None) -> bool:
-    return (
-        own is not None
-        and value.shape == own.shape
-        and (value.is_floating_point(), value.is_complex()) == (own.is_floating_point(), own.is_complex())
-        and not (value.is_floating_point() and value.float().isnan().any())
-    )
-
-
-def _tied_problems(model: nn.Module, saved: Mapping[str, Tensor], one_name_is_enough: bool) -> list[str]:
-    """Return the tied parameters of the model that an adapter contains with several values, or in part."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in named_parameters(model, remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    problems = []
-    for tied in names.values():
-        values = [saved[name] for name in tied if name in saved]
-        apart = any(not torch.equal(value, values[0]) for value in values[1:])
-        if apart or (values and len(values) < len(tied) and not one_name_is_enough):
-            problems.append(f"{' and '.join(tied)} are tied in the model but not in the adapter; untie them first")
-    return problems
-
-
-def _scaling(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]) -> float:
-    rank = len(pair["A"])
-    if rank == 0:
-        raise ValueError("its rank is 0")
-    patterns, rslora = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
-    if not isinstance(patterns, Mapping) or not isinstance(rslora, bool):
-        raise ValueError(f"expected alpha_pattern to be an object and use_rslora a bool but got {patterns}, {rslora}")
-    alpha = pattern_value(patterns, name, config.get("lora_alpha", 8))
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        raise ValueError(f"expected its lora_alpha to be positive and finite but got {alpha!r}")
-    return lora_scaling(alpha, rank, rslora)
-
-
-@torch.no_grad()
-def _layer(module: nn.Module, pair: Mapping[str, Tensor], scaling: float, highest: int) -> TruncatedLoRALinear:
-    """Return a layer around a module, with the factors of an adapter padded to the highest rank."""
-    A, B = pair["A"], pair["B"]
-    m, d = linear_shape(module)
-    rank = len(A)
-    if rank > min(m, d):
-        raise ValueError(f"its rank of {rank} is more than the weight's smaller side of {min(m, d)}")
-    if A.shape != (rank, d) or B.shape != (m, rank):
-        raise ValueError(
-            f"expected lora_A and lora_B of shapes ({rank}, {d}) and ({m}, {rank}) but got {tuple(A.shape)} and "
-            f"{tuple(B.shape)}"
-        )
-    for side, factor in pair.items():
-        if not factor.is_floating_point() or not factor.float().isfinite().all():
-            raise ValueError(f"expected lora_{side} to hold finite floating-point numbers")
-    # Adapters are trained in float32 even if the file holds half precision.
-    dtype = torch.promote_types(A.dtype, torch.float32)
-    layer = TruncatedLoRALinear.with_scaling(module, min(highest, m, d), scaling, dtype=dtype)
-    layer.lora_A[:rank], layer.lora_B[:, :rank] = A, B
-    layer.set_rank(rank)
-    return layer

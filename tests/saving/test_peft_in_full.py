@@ -223,3 +223,14 @@ def test_a_tied_parameter_that_an_earlier_version_wrote_under_one_name_is_read(t
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     load_peft_adapter(base, tmp_path)
     torch.testing.assert_close(outputs(base.eval()), outputs(model), rtol=0, atol=1e-6)
+
+
+def test_an_adapter_that_peft_saved_again_is_read(tmp_path: Path):
+    """Also one with a frozen weight that is tied to another one: the decoder of BERT's head, and its embeddings."""
+    base = BertForMaskedLM(BertConfig(**TEXT))
+    model = train(copy.deepcopy(base))
+    save_peft_adapter(model, tmp_path / "ours")
+    PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    load_peft_adapter(base, tmp_path / "theirs")
+    torch.testing.assert_close(outputs(base.eval()), outputs(model), rtol=0, atol=1e-6)
+    assert not base.bert.embeddings.word_embeddings.weight.requires_grad
