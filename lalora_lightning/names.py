@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 __all__ = [
-    "CHECKPOINT_WRAPPER",
+    "WRAPPERS",
     "GroupBy",
     "common_prefix",
     "group_names",
@@ -20,17 +20,21 @@ __all__ = [
 
 GroupBy = Literal["block", "parent", "module"] | Callable[[str], str]
 
-CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
-"""Attribute that holds the module wrapped by torch's ``checkpoint_wrapper``; not part of the keys of a state dict."""
+WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
+"""Attributes that hold the wrapped module: of ``checkpoint_wrapper``, ``torch.compile`` and FSDP."""
 
 
 def state_name(name: str) -> str:
-    """Return the name of a module or parameter in a state dict, without activation checkpointing wrappers.
+    """Return the name of a module or parameter in the unwrapped model.
+
+    Wrappers of activation checkpointing, ``torch.compile`` and FSDP do not show.
 
     >>> state_name("blocks.0._checkpoint_wrapped_module.query.weight")
     'blocks.0.query.weight'
+    >>> state_name("_orig_mod.head.weight")
+    'head.weight'
     """
-    return ".".join(part for part in name.split(".") if part != CHECKPOINT_WRAPPER)
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def parent_name(name: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from lalora_lightning.layers import IN_PROJ, TruncatedLoRALinear, keep_plain_format, set_in_proj
-from lalora_lightning.names import CHECKPOINT_WRAPPER
+from lalora_lightning.names import WRAPPERS
 
 __all__ = ["insert_layers", "remove_layers"]
 
@@ -42,10 +42,15 @@ def _replace(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
                 places.setdefault(module, []).append((parent, child))
     for name, replacement in replacements.items():
         prefix, _, child = name.rpartition(".")
-        parent = model.get_submodule(prefix)
-        parent = getattr(parent, CHECKPOINT_WRAPPER, parent)
+        parent = _unwrapped(model.get_submodule(prefix))
         if child == IN_PROJ and isinstance(parent, nn.MultiheadAttention):
             set_in_proj(parent, replacement)
             continue
         for place, attribute in places[getattr(parent, child)]:
             setattr(place, attribute, replacement)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """Return the module inside of wrappers such as ``checkpoint_wrapper`` and ``torch.compile``."""
+    inner = next((module._modules[name] for name in WRAPPERS if name in module._modules), None)
+    return module if inner is None else _unwrapped(inner)

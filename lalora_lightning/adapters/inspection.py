@@ -61,7 +61,7 @@ class AdapterSummary:
 def lora_layers(model: nn.Module) -> dict[str, TruncatedLoRALinear]:
     """Return the model's LoRA layers by name, in the order of ``model.named_modules()``.
 
-    The names are those of the state dict, without the wrappers of activation checkpointing (``checkpoint_wrapper``).
+    The names are those of the state dict, without the wrappers of activation checkpointing and ``torch.compile``.
     """
     return {state_name(n): module for n, module in model.named_modules() if isinstance(module, TruncatedLoRALinear)}
 

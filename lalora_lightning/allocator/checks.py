@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lalora_lightning.layers import TruncatedLoRALinear
+from lalora_lightning.names import state_name
 
 __all__ = ["require_allocatable_layers", "require_matching_allocator_state"]
 
@@ -83,7 +84,7 @@ def _structural_problems(state: Any, own: Mapping[str, Any], contribution: str) 
     own_names, names = own["layer_names"], state["layer_names"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         problems.append(f"expected layer_names to be a list of names but got {names!r}")
-    elif own_names != names:
+    elif own_names != (names := [state_name(name) for name in names]):
         absent = [name for name in own_names if name not in names]
         unknown = [name for name in names if name not in own_names]
         if absent:

@@ -1,11 +1,23 @@
 """State dict hooks of a low-rank layer: checks before saving and loading, and updating the mask."""
 
+import sys
+import warnings
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["describe_extra_state", "require_unmerged_to_load", "require_unmerged_to_save", "update_mask"]
+__all__ = [
+    "describe_extra_state",
+    "require_unmerged_to_load",
+    "require_unmerged_to_save",
+    "update_mask",
+    "warn_of_save_pretrained",
+]
+
+# Models whose save_pretrained was warned of.
+_warned: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def require_unmerged_to_save(layer: Any, prefix: str, keep_vars: bool) -> None:
@@ -15,6 +27,29 @@ def require_unmerged_to_save(layer: Any, prefix: str, keep_vars: bool) -> None:
             f"Expected {prefix.rstrip('.') or 'the layer'} to be unmerged when its state is saved, because loading it "
             "would add the adapter a second time; call unmerge_lora(model) first."
         )
+
+
+def warn_of_save_pretrained(layer: Any, prefix: str, keep_vars: bool) -> None:
+    """Warn once a model if ``save_pretrained`` gets its state, which ``from_pretrained`` cannot read; a pre-hook.
+
+    ``from_pretrained`` of transformers, sentence-transformers and diffusers builds a model without LoRA layers, where
+    the adapted weights have other names, and initializes them at random.
+    """
+    frame, depth = sys._getframe(), 1
+    while frame.f_code.co_name != "save_pretrained":
+        if frame.f_back is None:
+            return
+        frame, depth = frame.f_back, depth + 1
+    model = frame.f_locals.get("self")
+    if model is None or model in _warned:
+        return
+    _warned.add(model)
+    warnings.warn(
+        f"La-LoRA: save_pretrained writes an adapted {type(model).__name__}, whose adapted weights from_pretrained "
+        "initializes at random. Use save_peft_adapter(model, folder), or call merge_lora(model, remove=True) first. "
+        "What is written now can be read with load_lora_state_dict(base_model, folder).",
+        stacklevel=depth + 1,
+    )
 
 
 def require_unmerged_to_load(layer: Any, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -121,6 +121,7 @@ class TruncatedLoRALinear(LowRankFactors):
         self._unmerged_weight: Tensor | None = None
         self.reset_parameters()
         self.register_state_dict_pre_hook(state_hooks.require_unmerged_to_save)
+        self.register_state_dict_pre_hook(state_hooks.warn_of_save_pretrained)
         self.register_load_state_dict_pre_hook(state_hooks.require_unmerged_to_load)
         self.register_load_state_dict_post_hook(state_hooks.update_mask)
         # Dropout is off in a model that is adapted in evaluation mode.
@@ -255,12 +256,11 @@ class TruncatedLoRALinear(LowRankFactors):
             )
 
     def is_own_extra_state(self, state: Any) -> bool:
-        """Return whether a state has this layer's slices and its scaling, which may be rounded to half precision."""
+        """Return whether a state has this layer's slices and scaling, rounded if the state was cast to another type."""
         own = self.get_extra_state()
         if not isinstance(state, Tensor) or state.shape != own.shape or not state.is_floating_point():
             return False
-        state = state.to("cpu", torch.float64)
-        return torch.equal(state[1:], own[1:]) and torch.allclose(state[:1], own[:1], rtol=1e-2, atol=0.0)
+        return torch.equal(state.cpu(), own.to(state.dtype))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

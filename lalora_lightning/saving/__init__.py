@@ -1,6 +1,7 @@
 """Saving and loading what training changed: as a state dict, or as an adapter in PEFT's format."""
 
-from lalora_lightning.saving.peft import load_peft_adapter, push_peft_adapter, save_peft_adapter
+from lalora_lightning.saving.peft import push_peft_adapter, save_peft_adapter
+from lalora_lightning.saving.peft_import import load_peft_adapter
 from lalora_lightning.saving.state import (
     frozen_names,
     load_lora_state_dict,

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,14 @@ from lalora_lightning.tables import markdown_table
 __all__ = ["is_model_card", "model_card"]
 
 
-def model_card(ranks: Mapping[str, int], config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+def model_card(
+    ranks: Mapping[str, int], trained: Sequence[str], config: Mapping[str, Any], facts: Mapping[str, Any]
+) -> str:
     """Return a README in the Hub's form, which begins with metadata.
 
     Args:
         ranks: Rank of each adapted projection.
+        trained: Names of the modules that were trained in full.
         config: The adapter's ``adapter_config.json``.
         facts: Further rows of the card, such as scores, settings of the run and data.
     """
@@ -29,7 +32,7 @@ def model_card(ranks: Mapping[str, int], config: Mapping[str, Any], facts: Mappi
     settings = {
         "base model": base or "not known",
         "ranks": f"{sum(ranks.values())} in {len(ranks)} projections, {min(ranks.values())} to {max(ranks.values())}",
-        "trained in full": ", ".join(config["modules_to_save"] or ["nothing"]),
+        "trained in full": ", ".join(trained) or "nothing",
         **facts,
     }
     return "\n".join(

@@ -11,9 +11,12 @@ from torch import Tensor
 from lalora_lightning.files import first_line, replaced_when_complete
 from lalora_lightning.saving.model_card import is_model_card
 
-__all__ = ["CARD_FILE", "CONFIG_FILE", "WEIGHTS_FILE", "local_folder", "read_folder", "write_folder"]
+__all__ = ["CARD_FILE", "CONFIG_FILE", "KEY_PREFIX", "WEIGHTS_FILE", "local_folder", "read_folder", "write_folder"]
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "adapter_config.json", "adapter_model.safetensors", "README.md"
+
+KEY_PREFIX = "base_model.model."
+"""Beginning of the keys of the weights, because PEFT wraps a model in two modules of these names."""
 
 # Settings that change what a PEFT adapter computes and are not supported here.
 _UNSUPPORTED_SETTINGS = (
@@ -69,7 +72,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         tensors = load_file(folder / WEIGHTS_FILE)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"Expected a PEFT adapter in {folder} but it cannot be read ({error}).") from error
     if not isinstance(config, dict):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +19,13 @@ from lalora_lightning.adapters import (
 )
 from lalora_lightning.files import load_file
 from lalora_lightning.layers import TruncatedLoRALinear, is_quantized
-from lalora_lightning.names import common_prefix
+from lalora_lightning.names import common_prefix, state_name
+from lalora_lightning.saving.pretrained_folder import read_pretrained_weights
+from lalora_lightning.saving.wrappers import unwrapped
 
 __all__ = [
     "frozen_names",
+    "load_by_name",
     "load_lora_state_dict",
     "lora_state_dict",
     "require_matching_state",
@@ -35,13 +39,15 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return ``model.state_dict()`` without the backbone: adapters, ranks, other trainable parameters and buffers.
 
     All frozen parameters count as backbone, unless they belong to an adapter. If you want to freeze the head, get the
-    state first.
+    state first. Wrappers of ``torch.compile``, DDP and Fabric do not show in the keys, so that
+    :func:`load_lora_state_dict` can load the state into a model with or without them.
 
     Raises:
         ValueError: The model has no LoRA layers.
     """
+    model = unwrapped(model)
     require_lora_layers(model)
-    return without_frozen(model, model.state_dict())
+    return _by_name(without_frozen(model, model.state_dict()))
 
 
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | os.PathLike[str]) -> None:
@@ -54,7 +60,8 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | os.P
 
     Args:
         model: A model with the same LoRA layers as the state, or without LoRA layers.
-        state: The state dict, or a file that ``torch.save`` or a Trainer wrote.
+        state: The state dict, a file that ``torch.save`` or a Trainer wrote, or a ``.safetensors`` file or folder that
+            ``save_pretrained`` wrote.
 
     Raises:
         ValueError: Keys are missing or unknown, or a value does not fit; the message lists all of them.
@@ -62,12 +69,13 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | os.P
     """
     if not isinstance(state, Mapping):
         state = _read(state)
-    state = _without_root(model, state)
+    model = unwrapped(model)
+    state = _without_root(model, _by_name(state))
     if lora_layers(model):
         require_matching_state(model, state)
     else:
         _adapt_as_described(model, state)
-    model.load_state_dict(state, strict=False)
+    load_by_name(model, state)
 
 
 def require_matching_state(model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -76,7 +84,7 @@ def require_matching_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Keys are missing or unknown, or a value does not fit; the message lists all of them.
     """
-    own, layers = model.state_dict(), lora_layers(model)
+    own, state, layers = _by_name(model.state_dict()), _by_name(state), lora_layers(model)
     missing = [key for key in without_frozen(model, own) if key not in state]
     problems = [f"missing keys: {', '.join(missing)}"] if missing else []
     unknown = [str(key) for key in state if key not in own]
@@ -108,7 +116,13 @@ def require_matching_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 def without_frozen(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state of the model without its frozen parameters; frozen adapters are kept."""
     frozen = frozen_names(model) | _quantization_keys(model, state)
-    return {key: value for key, value in state.items() if key not in frozen}
+    return {key: value for key, value in state.items() if state_name(key) not in frozen}
+
+
+def load_by_name(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load a state whose keys are the names in the unwrapped model; other keys may be missing."""
+    keys = {state_name(key): key for key in model.state_dict()}
+    model.load_state_dict({keys[name]: value for name, value in state.items()}, strict=False)
 
 
 def frozen_names(model: nn.Module) -> set[str]:
@@ -136,10 +150,18 @@ def _quantization_keys(model: nn.Module, state: Mapping[str, Any]) -> set[str]:
     """Return the keys of scales and code books, which the state of a quantized layer contains."""
     prefixes = tuple(f"{name}." for name, module in named_modules(model).items() if is_quantized(module))
     parameters = {name for name, _ in named_parameters(model, remove_duplicate=False)}
-    return {key for key in state if prefixes and key.startswith(prefixes) and key not in parameters}
+    names = {state_name(key) for key in state}
+    return {name for name in names if prefixes and name.startswith(prefixes) and name not in parameters}
+
+
+def _by_name(state: Mapping[Any, Any]) -> dict[str, Any]:
+    """Return a state with the names of the unwrapped model as its keys."""
+    return {state_name(str(key)): value for key, value in state.items()}
 
 
 def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    if Path(path).is_dir() or Path(path).suffix == ".safetensors":
+        return read_pretrained_weights(Path(path))
     loaded = load_file(path, "a file of torch.save or of a Trainer")
     if isinstance(loaded, Mapping) and "pytorch-lightning_version" in loaded:
         loaded = loaded.get("state_dict")
@@ -151,7 +173,7 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Insert the layers of a state into a plain model, and remove them if the state does not fit."""
     layers = _described_layers(model, state)
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    was_trainable = [(p, p.requires_grad) for p in model.parameters()]
     trained = find_head(model, layers)
     if not any(str(key).endswith(".base_layer.weight") for key in state):
         trained |= {name for name, _ in named_parameters(model) if name in state}
@@ -160,8 +182,8 @@ def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
         require_matching_state(model, state)
     except ValueError as error:
         remove_layers(model, layers)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+        for parameter, trainable in was_trainable:
+            parameter.requires_grad_(trainable)
         raise ValueError(
             f"{error} If the run trained modules in full that differ from the task head, call add_lora "
             "with its settings (modules_to_save) first."
@@ -171,12 +193,18 @@ def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
 def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, TruncatedLoRALinear]:
     """Return new layers around modules of the model, by name, as a state describes them."""
     layers, problems = {}, []
-    modules = named_modules(model)
+    # Also the further names of a module, which is adapted once.
+    modules = {state_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    modules |= named_modules(model)
+    adapted: set[nn.Module] = set()
     for name in [key.removesuffix(".lora_B") for key in state if str(key).endswith(".lora_B")]:
         factor, extra = state[f"{name}.lora_B"], state.get(f"{name}._extra_state")
         try:
             if name not in modules:
                 raise ValueError("the model has no such module")
+            if modules[name] in adapted:
+                continue
+            adapted.add(modules[name])
             if not isinstance(factor, Tensor) or not isinstance(extra, Tensor) or extra.ndim != 1 or len(extra) < 3:
                 raise ValueError("lora_B or _extra_state do not describe an adapter")
             scaling, *edges = extra.tolist()

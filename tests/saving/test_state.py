@@ -329,3 +329,40 @@ def test_activation_checkpointing_does_not_show(first: str, tmp_path: Path):
     merge_lora(model, remove=True)
     assert not lora_layers(model)
     torch.testing.assert_close(plain(x), model(x))
+
+
+def test_a_scaling_that_is_nearly_the_same_is_another_one(adapted: TinyTransformer):
+    model = TinyTransformer()
+    add_lora(model, rank=4, alpha=8.01)
+    with pytest.raises(ValueError, match=r"expected scaling and output slices of blocks\.0\.query\._extra_state"):
+        load_lora_state_dict(model, lora_state_dict(adapted))
+    with pytest.raises(ValueError, match=r"Expected the state of an adapter with scaling 2\.0025"):
+        model.load_state_dict(lora_state_dict(adapted), strict=False)
+
+
+def test_a_refused_state_leaves_every_parameter_as_trainable_as_it_was(adapted: TinyTransformer):
+    model = TinyTransformer()
+    model.head.requires_grad_(False)
+    model.blocks[0].key.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    state = {**lora_state_dict(adapted), "blocks.0.key.weight": torch.zeros(8, 8), "nonsense": torch.zeros(1)}
+    with pytest.raises(ValueError, match="unknown keys: nonsense"):
+        load_lora_state_dict(model, state)
+    assert before == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_the_state_of_a_model_with_a_block_in_two_places():
+    def shared() -> TinyTransformer:
+        model = TinyTransformer()
+        model.blocks[2] = model.blocks[0]
+        return model
+
+    base = shared()
+    model = shared()
+    model.load_state_dict(base.state_dict())
+    add_lora(model, rank=2)
+    nn.init.normal_(model.blocks[2].query.lora_B)
+    load_lora_state_dict(base, lora_state_dict(model))
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(base(x), model(x))
+    assert base.blocks[2] is base.blocks[0]
