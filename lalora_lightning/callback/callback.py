@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -24,10 +23,11 @@ from lalora_lightning.adapters import (
     summarize,
 )
 from lalora_lightning.allocator import AllocationSettings, Contribution, ContributionScale, Growth, RankAllocator
-from lalora_lightning.callback import compatibility, loggers
+from lalora_lightning.callback import compatibility
 from lalora_lightning.callback.checkpoint_hooks import AdapterCheckpoints
 from lalora_lightning.callback.checks import LearningChecks
 from lalora_lightning.callback.history import Reading, record_reading
+from lalora_lightning.callback.loggers import RunLog, costs
 from lalora_lightning.callback.state import random_state, require_callback_state, set_random_state
 from lalora_lightning.initialization import Init
 from lalora_lightning.layers import TruncatedLoRALinear
@@ -176,6 +176,7 @@ class LaLoraCallback(AdapterCheckpoints):
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Tensor] | None = None
         self._checks = LearningChecks()
+        self._log = RunLog()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -197,7 +198,7 @@ class LaLoraCallback(AdapterCheckpoints):
         self.attach_hooks(trainer, pl_module)
         if stage == "fit":
             compatibility.require_compatible_averages(compatibility.callbacks_of(trainer), self.save_adapter_only)
-            loggers.prepare_loggers(trainer)
+            self._log.prepare(trainer)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -219,7 +220,7 @@ class LaLoraCallback(AdapterCheckpoints):
             "log_sparsity": self.log_sparsity,
             "fixed_ranks": self.fixed_ranks,
         }
-        loggers.log_settings(trainer, pl_module, settings)
+        self._log.settings(trainer, pl_module, settings)
         if self.allocator is not None and not self.allocator.drives(pl_module):
             self._forget()
         if self.fixed_ranks is not False:
@@ -264,7 +265,7 @@ class LaLoraCallback(AdapterCheckpoints):
         reset_peak_memory(pl_module.device)
         if self.allocator is not None:
             self._read(trainer)
-            loggers.log_layout(trainer)
+            self._log.layout(trainer)
 
     @override
     def on_before_optimizer_step(
@@ -291,7 +292,7 @@ class LaLoraCallback(AdapterCheckpoints):
         self.allocator.step()
         if compatibility.is_logging_step(trainer):
             metrics = self._metrics(trainer, pl_module)
-            loggers.log_metrics(trainer, metrics, compatibility.completed_steps(trainer))
+            self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer))
             # A CPU tensor, so that the progress bar does not synchronize with the device at every refresh.
             total = torch.tensor(metrics[log_keys.RANK_TOTAL])
             pl_module.log(log_keys.RANK_TOTAL, total, prog_bar=True, logger=False, on_step=True)
@@ -299,16 +300,13 @@ class LaLoraCallback(AdapterCheckpoints):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log time, memory and final ranks, draw the trajectories and print the rank report."""
-        metrics = loggers.costs(pl_module, time.monotonic() - self._started)
+        metrics = costs(pl_module, time.monotonic() - self._started)
         if self.allocator is not None and self.history[-1][0] != trainer.global_step:
             metrics |= self._metrics(trainer, pl_module)
-        loggers.log_metrics(trainer, metrics, compatibility.completed_steps(trainer) - 1)
+        self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer) - 1)
         if self.allocator is None or not trainer.is_global_zero:
             return
-        loggers.log_results(trainer)
-        if find_spec("matplotlib") is not None:
-            for logger in compatibility.tensorboard_loggers(trainer):
-                logger.experiment.add_figure(log_keys.RANK_TRAJECTORIES, self.plot(), trainer.global_step)
+        self._log.results(trainer, self.plot)
         if compatibility.has_model_summary(trainer):
             print_rank_report(self.allocator, pl_module)
 
