@@ -28,6 +28,7 @@ from lalora_lightning.callback.checkpoint_hooks import AdapterCheckpoints
 from lalora_lightning.callback.checks import LearningChecks
 from lalora_lightning.callback.history import Reading, record_reading
 from lalora_lightning.callback.loggers import RunLog, costs
+from lalora_lightning.callback.precision import keep_adapters_in_float32, warn_about_half_precision
 from lalora_lightning.callback.state import random_state, require_callback_state, set_random_state
 from lalora_lightning.initialization import Init
 from lalora_lightning.layers import TruncatedLoRALinear
@@ -196,6 +197,7 @@ class LaLoraCallback(AdapterCheckpoints):
             self._inserted = list(lora_layers(pl_module).values())
             rank_zero_info(f"La-LoRA: {summarize(pl_module, self.allocation_settings.group_by)}")
         self.attach_hooks(trainer, pl_module)
+        keep_adapters_in_float32(trainer)
         if stage == "fit":
             compatibility.require_compatible_averages(compatibility.callbacks_of(trainer), self.save_adapter_only)
             self._log.prepare(trainer)
@@ -211,6 +213,7 @@ class LaLoraCallback(AdapterCheckpoints):
                 f"target_modules if the projections have unusual names. {linear_layers_seen(named_modules(pl_module))}"
             )
         self._checks.start_fit(trainer, pl_module)
+        warn_about_half_precision(pl_module)
         # Not before: a module that builds its model in configure_model() has its layers only now.
         inserted = set(layers.values()) <= set(self._inserted)
         settings = {
@@ -294,7 +297,7 @@ class LaLoraCallback(AdapterCheckpoints):
             metrics = self._metrics(trainer, pl_module)
             self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer))
             # A CPU tensor, so that the progress bar does not synchronize with the device at every refresh.
-            total = torch.tensor(metrics[log_keys.RANK_TOTAL])
+            total = torch.tensor(metrics[log_keys.RANK_TOTAL], dtype=torch.float32)
             pl_module.log(log_keys.RANK_TOTAL, total, prog_bar=True, logger=False, on_step=True)
 
     @override
