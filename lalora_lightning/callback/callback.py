@@ -171,6 +171,8 @@ class LaLoraCallback(AdapterCheckpoints):
         self._started = 0.0
         # The last step of the Trainer after which ranks were updated; None before a run.
         self._last_step: int | None = None
+        # The allocator's steps before the current Trainer's first one.
+        self._earlier_steps = 0
         # Number of steps with NaN or Inf that have already been reported.
         self._skipped = 0
         # The state that was loaded before the allocator was built.
@@ -237,7 +239,7 @@ class LaLoraCallback(AdapterCheckpoints):
                     "La-LoRA: the adapters have been trained already, and their ranks are reset; resume with "
                     "fit(ckpt_path=...) to continue with the ranks of a run, or keep them with fixed_ranks."
                 )
-            self.allocator = self._build_allocator(trainer, pl_module)
+            self.allocator = RankAllocator(pl_module, **vars(self._settings_for(trainer)))
         if self._restored is not None:
             self._restore(self._restored)
         if trainer.ckpt_path is None:
@@ -259,10 +261,14 @@ class LaLoraCallback(AdapterCheckpoints):
                 f"Expected {trainer.ckpt_path} to be of a run with LaLoraCallback but it has none of its state; resume "
                 "from another checkpoint, or call load_lora_state_dict(module, path) and fit without ckpt_path."
             )
+        if self.allocator is not None:
+            # A new Trainer counts its steps from zero.
+            if trainer.global_step == 0:
+                self._earlier_steps = self.allocator.steps
+            self.allocator.settings = self._settings_for(trainer)
         if self.allocator is not None and self._last_step is not None and self._last_step < trainer.global_step:
             # The checkpoint was saved after an optimizer step but before the rank update.
             self.allocator.step()
-        # A new Trainer counts its steps from zero.
         self._last_step = trainer.global_step
         self._started = time.monotonic()
         reset_peak_memory(pl_module.device)
@@ -349,6 +355,7 @@ class LaLoraCallback(AdapterCheckpoints):
         return {
             "allocator": None if self.allocator is None else self.allocator.state_dict(),
             "last_step": self._last_step,
+            "earlier_steps": self._earlier_steps,
             "history": [[step, ranks, budget] for step, ranks, budget in self.history],
             "random": random_state(),
         }
@@ -375,6 +382,7 @@ class LaLoraCallback(AdapterCheckpoints):
         """Reset everything that belongs to a run with other layers."""
         self.allocator, self.history, self._skipped = None, [], 0
         self._last_step = self._restored = self._random = None
+        self._earlier_steps = 0
 
     def _is_built_later(self, pl_module: pl.LightningModule) -> bool:
         """Return whether the module may build its model after ``setup`` of the callback, and adapt it itself."""
@@ -398,19 +406,22 @@ class LaLoraCallback(AdapterCheckpoints):
         self.history = [(step, list(ranks), budget) for step, ranks, budget in state_dict["history"]]
         self._restored = None
         self._last_step = state_dict["last_step"]
+        # States of version 0.1.0 do not have it.
+        self._earlier_steps = state_dict.get("earlier_steps", 0)
         self._random = state_dict["random"]
 
-    def _build_allocator(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RankAllocator:
+    def _settings_for(self, trainer: pl.Trainer) -> AllocationSettings:
+        """Return the allocator's settings, with ``freeze_after`` as a number of all its steps."""
         settings = self.allocation_settings
-        if isinstance(settings.freeze_after, float):
-            steps = trainer.estimated_stepping_batches
-            if steps == float("inf"):
-                raise ValueError(
-                    f"Expected a run of known length for freeze_after={settings.freeze_after} but it has none; set "
-                    "max_steps or max_epochs, or give freeze_after as a number of steps."
-                )
-            settings = dataclasses.replace(settings, freeze_after=int(settings.freeze_after * steps))
-        return RankAllocator(pl_module, **vars(settings))
+        if not isinstance(settings.freeze_after, float):
+            return settings
+        steps = trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError(
+                f"Expected a run of known length for freeze_after={settings.freeze_after} but it has none; set "
+                "max_steps or max_epochs, or give freeze_after as a number of steps."
+            )
+        return dataclasses.replace(settings, freeze_after=self._earlier_steps + int(settings.freeze_after * steps))
 
     def _read(self, trainer: pl.Trainer) -> tuple[list[int], float]:
         """Read ranks and budget from the device, record them, and warn about skipped steps."""
