@@ -29,6 +29,7 @@ from lalora_lightning.callback.checks import LearningChecks
 from lalora_lightning.callback.history import Reading, record_reading
 from lalora_lightning.callback.loggers import RunLog, costs
 from lalora_lightning.callback.precision import keep_adapters_in_float32, warn_about_half_precision
+from lalora_lightning.callback.pruning import leave_adapters_unpruned, require_unpruned_adapters
 from lalora_lightning.callback.state import random_state, require_callback_state, set_random_state
 from lalora_lightning.initialization import Init
 from lalora_lightning.layers import TruncatedLoRALinear
@@ -202,6 +203,7 @@ class LaLoraCallback(AdapterCheckpoints):
         keep_adapters_in_float32(trainer)
         if stage == "fit":
             compatibility.require_compatible_averages(compatibility.callbacks_of(trainer), self.save_adapter_only)
+            leave_adapters_unpruned(compatibility.callbacks_of(trainer), self.save_adapter_only)
             self._log.prepare(trainer)
 
     @override
@@ -214,6 +216,7 @@ class LaLoraCallback(AdapterCheckpoints):
                 "builds its model in setup() or configure_model() has to call add_lora(self) at the end of it, with "
                 f"target_modules if the projections have unusual names. {linear_layers_seen(named_modules(pl_module))}"
             )
+        require_unpruned_adapters(compatibility.callbacks_of(trainer), pl_module)
         self._checks.start_fit(trainer, pl_module)
         warn_about_half_precision(pl_module)
         # Not before: a module that builds its model in configure_model() has its layers only now.
