@@ -17,7 +17,7 @@ __all__ = ["keep_adapters_in_float32", "warn_about_half_precision"]
 def keep_adapters_in_float32(trainer: pl.Trainer) -> None:
     """Let ``precision="bf16-true"`` and ``"16-true"`` convert the module without its adapters.
 
-    In bfloat16, an update below 1/256 of a weight is mostly rounded away, so adapters do not learn at small learning
+    In bfloat16, an update below about 1/256 of a weight is rounded away, so adapters do not learn at small learning
     rates. FSDP2 requires parameters of one type, so a sharded module is converted as a whole.
     """
     plugin = trainer.precision_plugin
