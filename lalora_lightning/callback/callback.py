@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -24,10 +23,13 @@ from lalora_lightning.adapters import (
     summarize,
 )
 from lalora_lightning.allocator import AllocationSettings, Contribution, ContributionScale, Growth, RankAllocator
-from lalora_lightning.callback import compatibility, loggers
+from lalora_lightning.callback import compatibility
 from lalora_lightning.callback.checkpoint_hooks import AdapterCheckpoints
 from lalora_lightning.callback.checks import LearningChecks
 from lalora_lightning.callback.history import Reading, record_reading
+from lalora_lightning.callback.loggers import RunLog, costs
+from lalora_lightning.callback.precision import keep_adapters_in_float32, warn_about_half_precision
+from lalora_lightning.callback.pruning import leave_adapters_unpruned, require_unpruned_adapters
 from lalora_lightning.callback.state import random_state, require_callback_state, set_random_state
 from lalora_lightning.initialization import Init
 from lalora_lightning.layers import TruncatedLoRALinear
@@ -170,12 +172,15 @@ class LaLoraCallback(AdapterCheckpoints):
         self._started = 0.0
         # The last step of the Trainer after which ranks were updated; None before a run.
         self._last_step: int | None = None
+        # The allocator's steps before the current Trainer's first one.
+        self._earlier_steps = 0
         # Number of steps with NaN or Inf that have already been reported.
         self._skipped = 0
         # The state that was loaded before the allocator was built.
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Tensor] | None = None
         self._checks = LearningChecks()
+        self._log = RunLog()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -195,9 +200,11 @@ class LaLoraCallback(AdapterCheckpoints):
             self._inserted = list(lora_layers(pl_module).values())
             rank_zero_info(f"La-LoRA: {summarize(pl_module, self.allocation_settings.group_by)}")
         self.attach_hooks(trainer, pl_module)
+        keep_adapters_in_float32(trainer)
         if stage == "fit":
             compatibility.require_compatible_averages(compatibility.callbacks_of(trainer), self.save_adapter_only)
-            loggers.prepare_loggers(trainer)
+            leave_adapters_unpruned(compatibility.callbacks_of(trainer), self.save_adapter_only)
+            self._log.prepare(trainer)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -209,7 +216,9 @@ class LaLoraCallback(AdapterCheckpoints):
                 "builds its model in setup() or configure_model() has to call add_lora(self) at the end of it, with "
                 f"target_modules if the projections have unusual names. {linear_layers_seen(named_modules(pl_module))}"
             )
+        require_unpruned_adapters(compatibility.callbacks_of(trainer), pl_module)
         self._checks.start_fit(trainer, pl_module)
+        warn_about_half_precision(pl_module)
         # Not before: a module that builds its model in configure_model() has its layers only now.
         inserted = set(layers.values()) <= set(self._inserted)
         settings = {
@@ -219,7 +228,7 @@ class LaLoraCallback(AdapterCheckpoints):
             "log_sparsity": self.log_sparsity,
             "fixed_ranks": self.fixed_ranks,
         }
-        loggers.log_settings(trainer, pl_module, settings)
+        self._log.settings(trainer, pl_module, settings)
         if self.allocator is not None and not self.allocator.drives(pl_module):
             self._forget()
         if self.fixed_ranks is not False:
@@ -233,7 +242,7 @@ class LaLoraCallback(AdapterCheckpoints):
                     "La-LoRA: the adapters have been trained already, and their ranks are reset; resume with "
                     "fit(ckpt_path=...) to continue with the ranks of a run, or keep them with fixed_ranks."
                 )
-            self.allocator = self._build_allocator(trainer, pl_module)
+            self.allocator = RankAllocator(pl_module, **vars(self._settings_for(trainer)))
         if self._restored is not None:
             self._restore(self._restored)
         if trainer.ckpt_path is None:
@@ -255,16 +264,20 @@ class LaLoraCallback(AdapterCheckpoints):
                 f"Expected {trainer.ckpt_path} to be of a run with LaLoraCallback but it has none of its state; resume "
                 "from another checkpoint, or call load_lora_state_dict(module, path) and fit without ckpt_path."
             )
+        if self.allocator is not None:
+            # A new Trainer counts its steps from zero.
+            if trainer.global_step == 0:
+                self._earlier_steps = self.allocator.steps
+            self.allocator.settings = self._settings_for(trainer)
         if self.allocator is not None and self._last_step is not None and self._last_step < trainer.global_step:
             # The checkpoint was saved after an optimizer step but before the rank update.
             self.allocator.step()
-        # A new Trainer counts its steps from zero.
         self._last_step = trainer.global_step
         self._started = time.monotonic()
         reset_peak_memory(pl_module.device)
         if self.allocator is not None:
             self._read(trainer)
-            loggers.log_layout(trainer)
+            self._log.layout(trainer)
 
     @override
     def on_before_optimizer_step(
@@ -291,24 +304,21 @@ class LaLoraCallback(AdapterCheckpoints):
         self.allocator.step()
         if compatibility.is_logging_step(trainer):
             metrics = self._metrics(trainer, pl_module)
-            loggers.log_metrics(trainer, metrics, compatibility.completed_steps(trainer))
+            self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer))
             # A CPU tensor, so that the progress bar does not synchronize with the device at every refresh.
-            total = torch.tensor(metrics[log_keys.RANK_TOTAL])
+            total = torch.tensor(metrics[log_keys.RANK_TOTAL], dtype=torch.float32)
             pl_module.log(log_keys.RANK_TOTAL, total, prog_bar=True, logger=False, on_step=True)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log time, memory and final ranks, draw the trajectories and print the rank report."""
-        metrics = loggers.costs(pl_module, time.monotonic() - self._started)
+        metrics = costs(pl_module, time.monotonic() - self._started)
         if self.allocator is not None and self.history[-1][0] != trainer.global_step:
             metrics |= self._metrics(trainer, pl_module)
-        loggers.log_metrics(trainer, metrics, compatibility.completed_steps(trainer) - 1)
+        self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer) - 1)
         if self.allocator is None or not trainer.is_global_zero:
             return
-        loggers.log_results(trainer)
-        if find_spec("matplotlib") is not None:
-            for logger in compatibility.tensorboard_loggers(trainer):
-                logger.experiment.add_figure(log_keys.RANK_TRAJECTORIES, self.plot(), trainer.global_step)
+        self._log.results(trainer, self.plot)
         if compatibility.has_model_summary(trainer):
             print_rank_report(self.allocator, pl_module)
 
@@ -348,6 +358,7 @@ class LaLoraCallback(AdapterCheckpoints):
         return {
             "allocator": None if self.allocator is None else self.allocator.state_dict(),
             "last_step": self._last_step,
+            "earlier_steps": self._earlier_steps,
             "history": [[step, ranks, budget] for step, ranks, budget in self.history],
             "random": random_state(),
         }
@@ -374,6 +385,7 @@ class LaLoraCallback(AdapterCheckpoints):
         """Reset everything that belongs to a run with other layers."""
         self.allocator, self.history, self._skipped = None, [], 0
         self._last_step = self._restored = self._random = None
+        self._earlier_steps = 0
 
     def _is_built_later(self, pl_module: pl.LightningModule) -> bool:
         """Return whether the module may build its model after ``setup`` of the callback, and adapt it itself."""
@@ -397,19 +409,22 @@ class LaLoraCallback(AdapterCheckpoints):
         self.history = [(step, list(ranks), budget) for step, ranks, budget in state_dict["history"]]
         self._restored = None
         self._last_step = state_dict["last_step"]
+        # States of version 0.1.0 do not have it.
+        self._earlier_steps = state_dict.get("earlier_steps", 0)
         self._random = state_dict["random"]
 
-    def _build_allocator(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> RankAllocator:
+    def _settings_for(self, trainer: pl.Trainer) -> AllocationSettings:
+        """Return the allocator's settings, with ``freeze_after`` as a number of all its steps."""
         settings = self.allocation_settings
-        if isinstance(settings.freeze_after, float):
-            steps = trainer.estimated_stepping_batches
-            if steps == float("inf"):
-                raise ValueError(
-                    f"Expected a run of known length for freeze_after={settings.freeze_after} but it has none; set "
-                    "max_steps or max_epochs, or give freeze_after as a number of steps."
-                )
-            settings = dataclasses.replace(settings, freeze_after=int(settings.freeze_after * steps))
-        return RankAllocator(pl_module, **vars(settings))
+        if not isinstance(settings.freeze_after, float):
+            return settings
+        steps = trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError(
+                f"Expected a run of known length for freeze_after={settings.freeze_after} but it has none; set "
+                "max_steps or max_epochs, or give freeze_after as a number of steps."
+            )
+        return dataclasses.replace(settings, freeze_after=self._earlier_steps + int(settings.freeze_after * steps))
 
     def _read(self, trainer: pl.Trainer) -> tuple[list[int], float]:
         """Read ranks and budget from the device, record them, and warn about skipped steps."""

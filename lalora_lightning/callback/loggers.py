@@ -1,9 +1,13 @@
-"""Logging of settings, time and memory, and the layout of TensorBoard's dashboards."""
+"""Logging of settings, ranks, time and memory, and the layout of TensorBoard's dashboards."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lalora_lightning import log_keys
 from lalora_lightning.adapters import lora_layers, summarize
@@ -12,35 +16,93 @@ from lalora_lightning.callback.compatibility import (
     tensorboard_loggers,
     write_hyperparameters,
 )
+from lalora_lightning.files import first_line
 from lalora_lightning.memory import peak_memory_mib
 from lalora_lightning.names import GroupBy
 
-__all__ = ["costs", "describe_adapters", "log_layout", "log_metrics", "log_results", "log_settings", "prepare_loggers"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["RunLog", "costs", "describe_adapters"]
 
 
-def log_metrics(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
-    """Log metrics to all loggers."""
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=step)
+class RunLog:
+    """Writes to the Trainer's loggers, and never ends a run: what a logger refuses is reported once a run.
 
-
-def prepare_loggers(trainer: pl.Trainer) -> None:
-    """Prepare the loggers, before Lightning logs the module's hyperparameters."""
-    for logger in trainer.loggers:
-        leave_out_placeholder_metric(logger)
-
-
-def log_settings(trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Mapping[str, Any]) -> None:
-    """Log settings and parameter counts to all loggers as hyperparameters ``lalora/...``; functions by their name.
-
-    What the adapters themselves show overrides the settings.
+    MLflow refuses a parameter that already has another value in its run, for example.
     """
-    settings = {**settings, **describe_adapters(pl_module, settings["group_by"])}
-    # These follow from `scaling` and `fixed_ranks`.
-    settings = {key: value for key, value in settings.items() if key not in ("alpha", "rank_pattern")}
-    named = {key: getattr(value, "__qualname__", value) for key, value in settings.items()}
-    for logger in trainer.loggers:
-        logger.log_hyperparams({log_keys.SETTINGS_PREFIX: named})
+
+    def __init__(self) -> None:
+        # What has been reported in this run: kind of logger, and what it refused.
+        self._reported: set[tuple[str, str]] = set()
+
+    def prepare(self, trainer: pl.Trainer) -> None:
+        """Begin a run, before Lightning logs the module's hyperparameters."""
+        self._reported.clear()
+        for logger in trainer.loggers:
+            leave_out_placeholder_metric(logger)
+
+    def settings(self, trainer: pl.Trainer, pl_module: pl.LightningModule, settings: Mapping[str, Any]) -> None:
+        """Log settings and parameter counts as hyperparameters ``lalora/...``; functions by their name.
+
+        What the adapters themselves show overrides the settings.
+        """
+        settings = {**settings, **describe_adapters(pl_module, settings["group_by"])}
+        # These follow from `scaling` and `fixed_ranks`.
+        settings = {key: value for key, value in settings.items() if key not in ("alpha", "rank_pattern")}
+        named = {key: getattr(value, "__qualname__", value) for key, value in settings.items()}
+        for logger in trainer.loggers:
+            with self._reporting(logger, f"all settings {log_keys.SETTINGS_PREFIX}/..."):
+                logger.log_hyperparams({log_keys.SETTINGS_PREFIX: named})
+
+    def metrics(self, trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
+        """Log metrics to all loggers."""
+        for logger in trainer.loggers:
+            with self._reporting(logger, "all ranks, times and memory"):
+                logger.log_metrics(metrics, step=step)
+
+    def layout(self, trainer: pl.Trainer) -> None:
+        """Add charts of all ranks, of the budget and of the sparsities to TensorBoard's custom scalars.
+
+        The charts combine scalars that are also logged one by one.
+        """
+        total, budget = (key.removeprefix(log_keys.RANK_PREFIX) for key in (log_keys.RANK_TOTAL, log_keys.RANK_BUDGET))
+        charts = {
+            "rank of each layer": ["Multiline", [f"{log_keys.RANK_PREFIX}(?!{total}$|{budget}$)"]],
+            "total rank and budget": ["Multiline", [f"{log_keys.RANK_PREFIX}({total}|{budget})$"]],
+            "sparsity of each layer": ["Multiline", [log_keys.SPARSITY_PREFIX]],
+        }
+        for logger in tensorboard_loggers(trainer):
+            with self._reporting(logger, "the layout of the charts"):
+                logger.experiment.add_custom_scalars({"La-LoRA": charts})
+
+    def results(self, trainer: pl.Trainer, plot: "Callable[[], Figure]") -> None:
+        """Write the run into TensorBoard's table of hyperparameters, and a figure of the ranks.
+
+        The metrics in the table are those that the module logged, the total rank and the budget.
+
+        Args:
+            trainer: The Trainer.
+            plot: Draws the figure.
+        """
+        logged = [key for key in trainer.logged_metrics if key != "epoch"]
+        for logger in tensorboard_loggers(trainer):
+            with self._reporting(logger, "the table of hyperparameters"):
+                write_hyperparameters(logger, [*logged, log_keys.RANK_TOTAL, log_keys.RANK_BUDGET])
+            if find_spec("matplotlib") is not None:
+                with self._reporting(logger, "the figure of the ranks"):
+                    logger.experiment.add_figure(log_keys.RANK_TRAJECTORIES, plot(), trainer.global_step)
+
+    @contextmanager
+    def _reporting(self, logger: Logger, what: str) -> Iterator[None]:
+        """Turn an error of a logger into a warning, once a run."""
+        try:
+            yield
+        except Exception as error:
+            name = type(logger).__name__
+            if (name, what) not in self._reported:
+                self._reported.add((name, what))
+                rank_zero_warn(f"La-LoRA: {name} did not log {what}; the run goes on. Its reason: {first_line(error)}")
 
 
 def describe_adapters(pl_module: pl.LightningModule, group_by: GroupBy) -> dict[str, Any]:
@@ -56,31 +118,6 @@ def describe_adapters(pl_module: pl.LightningModule, group_by: GroupBy) -> dict[
         "head_parameters": counts.head_parameters,
         "total_parameters": counts.total_parameters,
     }
-
-
-def log_layout(trainer: pl.Trainer) -> None:
-    """Add charts of all ranks, of the budget and of the sparsities to TensorBoard's custom scalars.
-
-    The charts combine scalars that are also logged one by one.
-    """
-    total, budget = (key.removeprefix(log_keys.RANK_PREFIX) for key in (log_keys.RANK_TOTAL, log_keys.RANK_BUDGET))
-    charts = {
-        "rank of each layer": ["Multiline", [f"{log_keys.RANK_PREFIX}(?!{total}$|{budget}$)"]],
-        "total rank and budget": ["Multiline", [f"{log_keys.RANK_PREFIX}({total}|{budget})$"]],
-        "sparsity of each layer": ["Multiline", [log_keys.SPARSITY_PREFIX]],
-    }
-    for logger in tensorboard_loggers(trainer):
-        logger.experiment.add_custom_scalars({"La-LoRA": charts})
-
-
-def log_results(trainer: pl.Trainer) -> None:
-    """Write the run into TensorBoard's table of hyperparameters.
-
-    The metrics in the table are those that the module logged, the total rank and the budget.
-    """
-    metrics = [*(key for key in trainer.logged_metrics if key != "epoch"), log_keys.RANK_TOTAL, log_keys.RANK_BUDGET]
-    for logger in tensorboard_loggers(trainer):
-        write_hyperparameters(logger, metrics)
 
 
 def costs(pl_module: pl.LightningModule, seconds: float) -> dict[str, float]:

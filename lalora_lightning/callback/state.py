@@ -47,6 +47,8 @@ def require_callback_state(state: Any) -> None:
         raise ValueError(f"Expected random to contain torch's random state but got {random!r}.")
     if last_step is not None and type(last_step) is not int:
         raise ValueError(f"Expected last_step to be a step or None but got {last_step!r}.")
+    if type(state.get("earlier_steps", 0)) is not int:
+        raise ValueError(f"Expected earlier_steps to be a number of steps but got {state['earlier_steps']!r}.")
     if not isinstance(state["history"], list) or not all(map(_is_reading, state["history"])):
         raise ValueError("Expected history to be a list of step, ranks and budget but it is not.")
 

@@ -189,7 +189,7 @@ def test_validation_inside_an_epoch_changes_nothing(tmp_path: Path):
 def test_precision(tmp_path: Path, precision: str):
     module = TinyClassifier()
     callback, _ = fit(tmp_path, module, precision=precision)
-    expected = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
+    expected = {"bf16-mixed": torch.float32, "bf16-true": torch.float32, "64-true": torch.float64}
     assert module.model.blocks[0].query.lora_A.dtype == expected[precision]
     assert callback.allocator.ranks.dtype == torch.long
     # Never less: a budget in bfloat16 would stand still.

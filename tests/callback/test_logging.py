@@ -1,8 +1,10 @@
 """What a run logs and keeps as its history."""
 
 import csv
+import warnings
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -158,3 +160,54 @@ def test_settings_follow_the_layers_when_they_are_removed_and_inserted_again(tmp
     add_lora(module, rank=2)
     assert logged()["rank"] == 2
     assert "init" not in logged()
+
+
+class RefusingLogger(CSVLogger):
+    """Refuses a parameter with another value, as MLflow does, or everything."""
+
+    def __init__(self, folder: Path, everything: bool = False) -> None:
+        super().__init__(folder)
+        self.params: dict[str, object] = {}
+        self.everything = everything
+
+    def log_hyperparams(self, params: dict) -> None:
+        for key, value in params.get("lalora", params).items():
+            if self.everything or self.params.setdefault(key, value) != value:
+                raise ValueError(f"Changing param values is not allowed: {key}\nmore lines")
+
+    def log_metrics(self, metrics: dict, step: int | None = None) -> None:
+        if self.everything:
+            raise ConnectionError("no route to host")
+        super().log_metrics(metrics, step)
+
+
+def warnings_of(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, loader())
+    return [str(w.message) for w in caught if "La-LoRA" in str(w.message)]
+
+
+def test_a_logger_that_refuses_a_changed_setting_ends_no_run(tmp_path: Path):
+    module, logger = TinyClassifier(), RefusingLogger(tmp_path)
+    assert warnings_of(new_trainer(tmp_path, LaLoraCallback(rank=4), logger=logger), module) == []
+    callback = LaLoraCallback(rank=4, gamma=2.0)
+    said = warnings_of(new_trainer(tmp_path, callback, logger=logger, max_epochs=1), module)
+    assert callback.allocator.steps == 7
+    assert [line for line in said if "RefusingLogger" in line] == [
+        "La-LoRA: RefusingLogger did not log all settings lalora/...; the run goes on. Its reason: Changing param "
+        "values is not allowed: gamma"
+    ]
+
+
+def test_a_logger_that_refuses_everything_is_reported_once_and_others_log_on(tmp_path: Path):
+    other, callback = CSVLogger(tmp_path, name="other"), LaLoraCallback(rank=4)
+    loggers = [RefusingLogger(tmp_path, everything=True), other]
+    said = warnings_of(new_trainer(tmp_path, callback, logger=loggers), TinyClassifier())
+    assert callback.allocator.steps == 21
+    assert [line.split(";")[0] for line in said] == [
+        "La-LoRA: RefusingLogger did not log all settings lalora/...",
+        "La-LoRA: RefusingLogger did not log all ranks, times and memory",
+    ]
+    with open(Path(other.log_dir) / "metrics.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["rank/total"]] == [str(step) for step in range(21)]

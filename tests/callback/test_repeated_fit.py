@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 
 from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, load_lora_state_dict, merge_lora
@@ -74,3 +75,37 @@ def test_a_second_fit_by_another_trainer_draws_one_rising_history(tmp_path: Path
     # Another Trainer counts from zero: its first batches are no step, though the last step acted on was the seventh.
     new_trainer(tmp_path, callback, max_epochs=1, accumulate_grad_batches=3).fit(module, loader())
     assert callback.allocator.steps == 7 + 7 + 3
+
+
+def test_freezing_after_a_fraction_follows_each_run(tmp_path: Path):
+    module, callback = TinyClassifier(), LaLoraCallback(rank=4, freeze_after=0.5)
+    frozen_after = []
+
+    def fit(trainer: pl.Trainer, path: Path | None = None) -> pl.Trainer:
+        trainer.fit(module, loader(), ckpt_path=path)
+        frozen_after.append(callback.allocator.settings.freeze_after)
+        return trainer
+
+    first = fit(new_trainer(tmp_path, callback, max_epochs=2))
+    # The same Trainer goes on: half of all its 28 steps.
+    first.fit_loop.max_epochs = 4
+    fit(first)
+    # Another Trainer, after 28 steps: half of its own 14.
+    second = fit(new_trainer(tmp_path, callback, max_epochs=2))
+    second.save_checkpoint(tmp_path / "second.ckpt")
+    # That run is resumed and made longer: half of its 42 steps, after the 28 of the run before.
+    module, callback = TinyClassifier(), LaLoraCallback(rank=4, freeze_after=0.5)
+    fit(new_trainer(tmp_path, callback, max_epochs=6), tmp_path / "second.ckpt")
+    assert frozen_after == [7, 14, 28 + 7, 28 + 21]
+    assert callback.allocator.steps == 28 + 42
+
+
+def test_ranks_that_were_frozen_at_the_end_of_a_run_move_in_the_next_one(tmp_path: Path):
+    module, callback = TinyClassifier(lr=1e-3), LaLoraCallback(rank=4, gamma=1.0, freeze_after=0.5)
+    new_trainer(tmp_path, callback, max_epochs=2).fit(module, loader())
+    assert callback.allocator.frozen
+    budget = float(callback.allocator.budget)
+    new_trainer(tmp_path, callback, max_epochs=2).fit(module, loader())
+    budgets = [reading[2] for reading in callback.history if reading[0] > 0]
+    assert budgets[6] > budget
+    assert budgets[7:] == budgets[7:8] * 7
