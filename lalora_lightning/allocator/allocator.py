@@ -102,6 +102,11 @@ class RankAllocator:
             interval=interval,
             freeze_after=freeze_after,
         )
+        if isinstance(freeze_after, float) and not freeze_after.is_integer():
+            raise ValueError(
+                f"Expected freeze_after to be a number of steps but got {freeze_after}; only LaLoraCallback knows the "
+                "length of the run and accepts a fraction of it."
+            )
         layers = require_lora_layers(model)
         require_unmerged(layers)
         self.max_rank = require_allocatable_layers(layers, average_rank)
@@ -118,8 +123,10 @@ class RankAllocator:
         layer_of = [i for i, names in enumerate(groups.values()) for _ in names]
         self._layer_of = torch.tensor(layer_of, device=device)
         self._components = torch.arange(self.max_rank, device=device)
-        self.budget = torch.tensor(self.min_budget if gradual_budget else self.max_budget, device=device)
-        even = torch.zeros(len(groups), device=device)
+        # Not the default type, which cannot count a large budget if it is bfloat16.
+        budget = self.min_budget if gradual_budget else self.max_budget
+        self.budget = torch.tensor(budget, dtype=torch.float32, device=device)
+        even = torch.zeros(len(groups), dtype=torch.float32, device=device)
         self.ranks = functional.allocate_ranks(even, self.budget, self.max_rank)
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
         self.contributions = self.growth_rates = torch.full_like(even, math.nan)

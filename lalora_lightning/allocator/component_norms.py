@@ -47,7 +47,7 @@ class ComponentNorms:
         position = torch.empty(2 * matrix + 1, dtype=torch.long)
         position[torch.tensor([*order, 2 * matrix])] = torch.arange(2 * matrix + 1)
         self._positions = position[rows]
-        self._padding = torch.zeros(1, self._projections[0].max_rank)
+        self._padding = torch.zeros(1, self._projections[0].max_rank, dtype=torch.float32)
         self.matrices = (rows[0] >= 0).sum(1)
         self.to(self._projections[0].lora_A.device)
 

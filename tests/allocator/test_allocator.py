@@ -455,3 +455,22 @@ def test_adapters_on_several_devices_are_refused(adapted: TinyTransformer):
     layer.lora_A = nn.Parameter(layer.lora_A.to("meta"))
     with pytest.raises(ValueError, match=r"to be on one device but they are on cpu, meta; load .* onto one"):
         RankAllocator(adapted)
+
+
+def test_a_default_type_of_bfloat16_does_not_change_the_ranks():
+    """A budget of 259 ranks is not a number of bfloat16, which would round it to 260."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(8, 8)}) for _ in range(37))
+        add_lora(model, rank=7, target_modules=["query"], modules_to_save=[])
+        allocator = RankAllocator(model, gamma=0.0, gradual_budget=False)
+        allocator.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert allocator.budget == 37 * 7
+    assert allocator.ranks.tolist() == [7] * 37
+
+
+def test_a_fraction_of_a_run_is_refused_without_a_run(adapted: TinyTransformer):
+    with pytest.raises(ValueError, match=r"freeze_after to be a number of steps but got 0\.5"):
+        RankAllocator(adapted, freeze_after=0.5)
