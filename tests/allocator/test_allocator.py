@@ -463,6 +463,9 @@ def test_a_default_type_of_bfloat16_does_not_change_the_ranks():
     try:
         model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(8, 8)}) for _ in range(37))
         add_lora(model, rank=7, target_modules=["query"], modules_to_save=[])
+        for layer in lora_layers(model).values():
+            # Like layers contribute equally, so each of them can have its maximum.
+            nn.init.ones_(layer.lora_A)
         allocator = RankAllocator(model, gamma=0.0, gradual_budget=False)
         allocator.step()
     finally:
