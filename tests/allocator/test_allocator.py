@@ -458,20 +458,20 @@ def test_adapters_on_several_devices_are_refused(adapted: TinyTransformer):
 
 
 def test_a_default_type_of_bfloat16_does_not_change_the_ranks():
-    """A budget of 37 * 6.96 = 257.52 has 257 whole ranks; bfloat16 rounds it to 258."""
+    """A budget of 74 * 6.945 = 513.93 has 513 whole ranks; bfloat16 rounds it to 512."""
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(8, 8)}) for _ in range(37))
+        model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(8, 8)}) for _ in range(74))
         add_lora(model, rank=7, target_modules=["query"], modules_to_save=[])
         for layer in lora_layers(model).values():
             # Like layers contribute equally, so none of them reaches its maximum early.
             nn.init.ones_(layer.lora_A)
-        allocator = RankAllocator(model, gamma=0.0, gradual_budget=False, average_rank=6.96)
+        allocator = RankAllocator(model, gamma=0.0, gradual_budget=False, average_rank=6.945)
         allocator.step()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert float(allocator.budget) == pytest.approx(257.52)
-    assert allocator.ranks.sum() == 257
+    assert float(allocator.budget) == pytest.approx(513.93)
+    assert allocator.ranks.sum() == 513
 
 
 def test_a_fraction_of_a_run_is_refused_without_a_run(adapted: TinyTransformer):
