@@ -54,6 +54,8 @@ def _try_out(attention: nn.Module, child: str) -> bool | None:
 
     The query of a token affects the output at this token only. Its key and value also affect the output elsewhere.
     """
+    # A copy, because trying out may change buffers and the mode.
+    attention = copy.deepcopy(attention).float().eval()
     m, d = linear_shape(getattr(attention, child))
     generator = torch.Generator().manual_seed(0)
     for shape in _SHAPES:
@@ -75,7 +77,6 @@ def _outputs_that_affect_other_tokens(
     attention: nn.Module, child: str, shape: tuple[int, ...], generator: torch.Generator
 ) -> Tensor:
     """Return which outputs of the projection at the first token affect the attention's output at other tokens, (m,)."""
-    attention = copy.deepcopy(attention).float().eval()
     projected: list[Tensor] = []
 
     def project(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -84,8 +85,7 @@ def _outputs_that_affect_other_tokens(
         return projected[-1]
 
     layer = getattr(attention, child)
-    layer.register_forward_hook(project)
-    with torch.enable_grad():
+    with layer.register_forward_hook(project), torch.enable_grad():
         out = attention(torch.randn(1, *shape, generator=generator).to(layer.weight.device))
         out = (out if isinstance(out, Tensor) else out[0]).reshape(math.prod(shape[:-1]), -1)
         weights = torch.randn(out.shape[1], generator=generator).to(out.device)
