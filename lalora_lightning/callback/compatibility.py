@@ -1,6 +1,7 @@
 """Code that depends on Lightning's internals, and checks for unsupported strategies and callbacks.
 
-A new release of Lightning may break this file, but no other one.
+A new release of Lightning may break this file and ``pruning.py``, which changes what ``ModelPruning`` does, but no
+other one.
 """
 
 from collections.abc import Sequence

@@ -3,6 +3,7 @@
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -147,14 +148,14 @@ def _require_exportable(model: nn.Module, layers: Mapping[str, TruncatedLoRALine
     if merged:
         raise ValueError(f"Expected unmerged adapters but {merged[0]} is merged; call unmerge_lora(model) first.")
     modules = named_modules(model)
-    places = [id(child) for parent in modules.values() for child in parent._modules.values()]
+    places = Counter(id(child) for parent in modules.values() for child in parent._modules.values())
     for name, layer in layers.items():
         if layer.lora_A.ndim != 2 or layer.lora_B.ndim != 2:
             raise ValueError(
                 f"Expected whole adapters but FSDP1 flattened those of {name}; export inside of "
                 "FullyShardedDataParallel.summon_full_params(model)."
             )
-        if places.count(id(layer)) > 1:
+        if places[id(layer)] > 1:
             raise ValueError(
                 f"Expected layers that are used in one place but {name} is an attribute of several modules, and PEFT "
                 "adapts only the first; use lora_state_dict(model), or merge_lora(model, remove=True)."

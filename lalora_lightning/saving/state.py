@@ -66,6 +66,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | os.P
     Raises:
         ValueError: Keys are missing or unknown, or a value does not fit; the message lists all of them.
             Or the file is damaged. Nothing is loaded.
+        FileNotFoundError: There is no such file, or the folder has no ``.safetensors`` file.
     """
     if not isinstance(state, Mapping):
         state = _read(state)
