@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 
 # The suite runs in two processes; threads of their own, also of what they start, would only get in each other's way.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -25,6 +26,14 @@ settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def default_bfloat16() -> Iterator[None]:
+    """A default data type of bfloat16, as after ``torch.set_default_dtype``."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -457,19 +457,15 @@ def test_adapters_on_several_devices_are_refused(adapted: TinyTransformer):
         RankAllocator(adapted)
 
 
-def test_a_default_type_of_bfloat16_does_not_change_the_ranks():
+def test_a_default_type_of_bfloat16_does_not_change_the_ranks(default_bfloat16: None):
     """A budget of 74 * 6.945 = 513.93 has 513 whole ranks; bfloat16 rounds it to 512."""
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(8, 8)}) for _ in range(74))
-        add_lora(model, rank=7, target_modules=["query"], modules_to_save=[])
-        for layer in lora_layers(model).values():
-            # Like layers contribute equally, so none of them reaches its maximum early.
-            nn.init.ones_(layer.lora_A)
-        allocator = RankAllocator(model, gamma=0.0, gradual_budget=False, average_rank=6.945)
-        allocator.step()
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(8, 8)}) for _ in range(74))
+    add_lora(model, rank=7, target_modules=["query"], modules_to_save=[])
+    for layer in lora_layers(model).values():
+        # Like layers contribute equally, so none of them reaches its maximum early.
+        nn.init.ones_(layer.lora_A)
+    allocator = RankAllocator(model, gamma=0.0, gradual_budget=False, average_rank=6.945)
+    allocator.step()
     assert float(allocator.budget) == pytest.approx(513.93)
     assert allocator.ranks.sum() == 513
 

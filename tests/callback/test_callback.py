@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lalora_lightning import LaLoraCallback, add_lora, lora_layers
 from tests.helpers.models import TinyTransformer
-from tests.helpers.training import TinyClassifier, loader, new_trainer
+from tests.helpers.training import BuiltLater, TinyClassifier, loader, new_trainer
 
 
 def test_the_callback_alone_is_all_it_takes(tmp_path: Path):
@@ -65,32 +65,14 @@ def test_layers_that_are_there_already_are_used(tmp_path: Path):
 
 
 def test_a_model_built_in_configure_model_is_adapted_there(tmp_path: Path):
-    class Late(TinyClassifier):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = None
-
-        def configure_model(self) -> None:
-            if self.model is None:
-                self.model = TinyTransformer()
-                add_lora(self, rank=4)
-
-    class LateWithALinear(Late):
-        def __init__(self) -> None:
-            super().__init__()
-            self.probe = nn.Linear(3, 3)
-
-        def configure_model(self) -> None:
-            if self.model is None:
-                self.model = TinyTransformer()
-                add_lora(self, rank=4, modules_to_save=["head"])
-
-    new_trainer(tmp_path, LaLoraCallback(), max_epochs=1).fit(LateWithALinear(), loader())
+    module = BuiltLater(rank=4, modules_to_save=["head"])
+    module.probe = nn.Linear(3, 3)
+    new_trainer(tmp_path, LaLoraCallback(), max_epochs=1).fit(module, loader())
     callback = LaLoraCallback()
-    new_trainer(tmp_path, callback, max_epochs=1).fit(Late(), loader())
+    new_trainer(tmp_path, callback, max_epochs=1).fit(BuiltLater(rank=4), loader())
     assert callback.allocator.steps == 7
 
-    class TooLate(Late):
+    class TooLate(BuiltLater):
         def configure_model(self) -> None:
             self.model = TinyTransformer()
 

@@ -12,8 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lalora_lightning import LaLoraCallback, add_lora, merge_lora
 from lalora_lightning.runs import read_run
-from tests.helpers.models import TinyTransformer
-from tests.helpers.training import TinyClassifier, loader, new_trainer
+from tests.helpers.training import BuiltLater, TinyClassifier, loader, new_trainer
 
 
 def test_two_loggers_hold_the_keys(tmp_path: Path):
@@ -121,20 +120,11 @@ def test_settings_are_the_callbacks_where_it_adapted_the_module(tmp_path: Path):
     assert logger.experiment.hparams["lalora"]["init"] == "orthogonal"
 
 
-class BuiltLater(TinyClassifier):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = None
-
-    def configure_model(self) -> None:
-        if self.model is None:
-            self.model = TinyTransformer()
-            add_lora(self, rank=3, alpha=6.0)
-
-
 def test_settings_of_a_module_that_builds_its_model_later(tmp_path: Path):
     logger = CSVLogger(tmp_path)
-    new_trainer(tmp_path, LaLoraCallback(rank=7), logger=logger, max_epochs=1).fit(BuiltLater(), loader())
+    new_trainer(tmp_path, LaLoraCallback(rank=7), logger=logger, max_epochs=1).fit(
+        BuiltLater(rank=3, alpha=6.0), loader()
+    )
     logged = logger.experiment.hparams["lalora"]
     assert (logged["rank"], logged["scaling"], logged["adapter_parameters"]) == (3, 2.0, 6 * 3 * 16)
     assert "init" not in logged

@@ -1,7 +1,7 @@
 """Adapters beside a model in half precision, and other default types."""
 
+import functools
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from lalora_lightning import LaLoraCallback, add_lora, lora_layers
-from tests.helpers.models import TinyTransformer
-from tests.helpers.training import TinyClassifier, loader, new_trainer
+from tests.helpers.training import BuiltLater, TinyClassifier, loader, new_trainer
 
 
 class HalfClassifier(TinyClassifier):
@@ -20,24 +19,6 @@ class HalfClassifier(TinyClassifier):
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         x, y = batch
         return nn.functional.cross_entropy(self.model(x.to(self.model.head.weight.dtype)).float(), y)
-
-
-class BuiltLater(TinyClassifier):
-    def __init__(self) -> None:
-        super().__init__()
-        self.model = None
-
-    def configure_model(self) -> None:
-        if self.model is None:
-            self.model = TinyTransformer()
-            add_lora(self, rank=4)
-
-
-@pytest.fixture
-def default_bfloat16() -> Iterator[None]:
-    torch.set_default_dtype(torch.bfloat16)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def dtypes(module: nn.Module) -> set[torch.dtype]:
@@ -51,7 +32,7 @@ def fit_quietly(trainer: pl.Trainer, module: pl.LightningModule, **settings: obj
     return [str(w.message) for w in caught if "La-LoRA" in str(w.message)]
 
 
-@pytest.mark.parametrize("kind", [TinyClassifier, BuiltLater])
+@pytest.mark.parametrize("kind", [TinyClassifier, functools.partial(BuiltLater, rank=4)])
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("16-true", torch.float16)])
 def test_adapters_stay_in_float32_and_every_entry_moves(
     precision: str, dtype: torch.dtype, kind: type[TinyClassifier], tmp_path: Path

@@ -1,12 +1,14 @@
 """A small LightningModule, its data, and a quiet Trainer."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lalora_lightning import add_lora
 from tests.helpers.models import TinyTransformer
 
 
@@ -35,6 +37,20 @@ class TinyClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+class BuiltLater(TinyClassifier):
+    """Builds its model in ``configure_model`` and adapts it there, with these settings of ``add_lora``."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.model = None
+        self.settings = settings
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = TinyTransformer()
+            add_lora(self, **self.settings)
 
 
 class DroppingClassifier(TinyClassifier):
