@@ -9,8 +9,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from lalora_lightning import log_keys
-from lalora_lightning.adapters import GradientMonitor, enable_input_gradients, require_trainable
-from lalora_lightning.allocator import AllocationSettings, RankAllocator
+from lalora_lightning.adapters import GradientMonitor, enable_input_gradients, lora_layers, require_trainable
+from lalora_lightning.allocator import AllocationSettings, RankAllocator, leave_masks_out_of_broadcasts
 
 __all__ = ["LaLoraTrainerCallback"]
 
@@ -26,7 +26,8 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
     A :class:`RankAllocator` updates the ranks after each optimizer step. Its ranks are added to the training logs as
     ``rank/<layer>``, ``rank/total`` and ``rank/budget``. Integrations named in ``report_to`` are called before this
     callback and do not get the ranks. Set ``report_to="none"`` instead, and add the integration's callback after this
-    one. Checkpoints contain the state that a run needs to resume.
+    one. Checkpoints contain the state that a run needs to resume. A second
+    ``train()`` continues with the ranks of the first.
 
     With ``contribution="fisher"`` the gradients are read after the Trainer has clipped them.
 
@@ -49,12 +50,23 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         self._gradients: GradientMonitor | None = None
         self.restored: dict[str, Any] | None = None
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Keep DDP, which the Trainer sets up before training begins, from sending the rank masks."""
+        leave_masks_out_of_broadcasts(kwargs["model"])
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Build the allocator, and restore its state if the run is resumed."""
+        """Build the allocator, or continue with that of an earlier ``train()``; restore its state in a resumed run."""
         model: nn.Module = kwargs["model"]
-        self.allocator = RankAllocator(model, **self.settings)
+        if self.allocator is None or not self.allocator.drives(model):
+            if state.global_step == 0 and any(layer.is_trained() for layer in lora_layers(model).values()):
+                warnings.warn(
+                    "La-LoRA: the adapters have been trained already, and their ranks are reset; to continue with "
+                    "their ranks, use the same LaLoraTrainerCallback or resume_from_checkpoint.",
+                    stacklevel=2,
+                )
+            self.allocator = RankAllocator(model, **self.settings)
         require_trainable(model)
         enable_input_gradients(model)
         self._gradients = GradientMonitor(model)

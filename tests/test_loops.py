@@ -1,5 +1,6 @@
 """The same batches and seed in four kinds of loop: the ranks of every step are the same."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,9 @@ class OrderedTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(self.train_dataset, batch_size=4, collate_fn=self.collate)
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        return self.get_train_dataloader()
+
     @staticmethod
     def collate(rows: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         x, labels = map(torch.stack, zip(*rows, strict=True))
@@ -89,7 +93,8 @@ def new_transformers_trainer(folder: Path, *callbacks: Any, **settings: Any) -> 
             **settings,
         },
     )
-    return OrderedTrainer(model, arguments, train_dataset=loader().dataset, callbacks=list(callbacks))
+    rows = loader().dataset
+    return OrderedTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=list(callbacks))
 
 
 def logged_ranks(trainer: Trainer) -> list[list[int]]:
@@ -183,3 +188,45 @@ def test_transformers_trainer_says_that_adapters_do_not_learn(tmp_path: Path):
     frozen.model.model.blocks.requires_grad_(False)
     with pytest.raises(RuntimeError, match="12 of 12 factors are frozen"):
         frozen.train()
+
+
+def test_a_second_call_of_transformers_train_continues(tmp_path: Path):
+    callback = LaLoraTrainerCallback(gamma=1.0)
+    trainer = new_transformers_trainer(tmp_path, callback)
+    trainer.train()
+    before, budget = logged_ranks(trainer)[-1], float(callback.allocator.budget)
+    assert sum(before) > 3
+    trainer.train()
+    assert sum(logged_ranks(trainer)[0]) >= sum(before)
+    assert callback.allocator.budget >= budget
+
+
+def test_a_new_callback_resets_ranks_with_a_warning(tmp_path: Path):
+    trainer = new_transformers_trainer(tmp_path, LaLoraTrainerCallback(gamma=1.0))
+    trainer.train()
+    trainer.pop_callback(LaLoraTrainerCallback)
+    trainer.add_callback(LaLoraTrainerCallback(gamma=1.0))
+    with pytest.warns(UserWarning, match="adapters have been trained already, and their ranks are reset"):
+        trainer.train()
+
+
+def test_the_best_model_that_transformers_trainer_loads_has_its_ranks(tmp_path: Path):
+    callback = LaLoraTrainerCallback(gamma=1.0)
+    trainer = new_transformers_trainer(
+        tmp_path,
+        callback,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_strategy="steps",
+        save_steps=3,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # The model with the highest loss is an early one.
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    state = json.loads((best / "trainer_state.json").read_text())
+    saved = state["stateful_callbacks"]["LaLoraTrainerCallback"]["attributes"]["restored"]["ranks"]
+    ranks = [int(block.query.rank) for block in trainer.model.model.blocks]
+    assert ranks == saved == callback.allocator.read()[0]
+    assert ranks != logged_ranks(trainer)[-1]

@@ -1,6 +1,14 @@
 """Rank allocation, for any training loop."""
 
 from lalora_lightning.allocator.allocator import RankAllocator
+from lalora_lightning.allocator.broadcasts import leave_masks_out_of_broadcasts
 from lalora_lightning.allocator.settings import AllocationSettings, Contribution, ContributionScale, Growth
 
-__all__ = ["AllocationSettings", "Contribution", "ContributionScale", "Growth", "RankAllocator"]
+__all__ = [
+    "AllocationSettings",
+    "Contribution",
+    "ContributionScale",
+    "Growth",
+    "RankAllocator",
+    "leave_masks_out_of_broadcasts",
+]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lalora_lightning import functional
 from lalora_lightning.adapters import lora_layers, require_lora_layers, require_unmerged
+from lalora_lightning.allocator.broadcasts import leave_masks_out_of_broadcasts
 from lalora_lightning.allocator.checks import require_allocatable_layers, require_matching_allocator_state
 from lalora_lightning.allocator.component_norms import ComponentNorms
 from lalora_lightning.allocator.settings import AllocationSettings, Contribution, ContributionScale, Growth
@@ -28,7 +29,8 @@ class RankAllocator:
     ``growth="stored"`` with ``contribution_scale="absolute"``.
 
     :meth:`step` does not synchronize with the device, and its number of operations does not depend on the number of
-    layers.
+    layers. If the ranks of the model are not the allocator's, because a state was loaded or a rank was set, the
+    allocator continues with those of the model.
 
     ::
 
@@ -109,6 +111,7 @@ class RankAllocator:
             )
         layers = require_lora_layers(model)
         require_unmerged(layers)
+        leave_masks_out_of_broadcasts(model)
         self.max_rank = require_allocatable_layers(layers, average_rank)
         groups = group_names(layers, group_by)
         self.layer_names = list(groups)
@@ -121,8 +124,10 @@ class RankAllocator:
         self._norms = ComponentNorms(groups, layers)
         device = self._projections[0].lora_A.device
         layer_of = [i for i, names in enumerate(groups.values()) for _ in names]
-        self._layer_of = torch.tensor(layer_of, device=device)
+        # Layer of each projection, as a column.
+        self._layer_of = torch.tensor(layer_of, device=device)[:, None]
         self._components = torch.arange(self.max_rank, device=device)
+        self._masks = torch.empty(len(self._projections), self.max_rank, dtype=torch.float32, device=device)
         # Not the default type, which cannot count a large budget if it is bfloat16.
         budget = self.min_budget if gradual_budget else self.max_budget
         self.budget = torch.tensor(budget, dtype=torch.float32, device=device)
@@ -136,7 +141,6 @@ class RankAllocator:
         self._value = functional.values(
             functional.truncated_norms(functional.norms_by_rank(squares), self.ranks), self.ranks
         )
-        self._bind()
         self._write()
 
     @torch.no_grad()
@@ -148,7 +152,7 @@ class RankAllocator:
         """
         if self._fisher is None:
             return
-        self._follow_device()
+        self._follow_model()
         squares = self._norms.of_gradients()
         average = torch.lerp(squares, self._fisher.to(squares.dtype), FISHER_DECAY)
         self._fisher = torch.where(squares.sum() < math.inf, average, self._fisher)
@@ -167,9 +171,9 @@ class RankAllocator:
                 "but it was not."
             )
         self.steps += 1
+        self._follow_model()
         if self.frozen or self.steps % self.settings.interval:
             return
-        self._follow_device()
         norms = functional.norms_by_rank(self._norms.of_parameters())
         truncated = functional.truncated_norms(norms, self.ranks)
         value = functional.values(truncated, self.ranks)
@@ -196,6 +200,7 @@ class RankAllocator:
 
     def read(self) -> tuple[list[int], float, int]:
         """Copy ranks, budget and the number of skipped steps from the device, in one transfer."""
+        self._follow_model()
         *ranks, budget, skipped = torch.cat(
             [self.ranks.float(), self.budget.float().view(1), self.skipped.float().view(1)]
         ).tolist()
@@ -208,6 +213,7 @@ class RankAllocator:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a run needs to resume, as tensors and plain types."""
+        self._follow_model()
         return {
             "layer_names": list(self.layer_names),
             "max_rank": self.max_rank,
@@ -227,7 +233,7 @@ class RankAllocator:
                 everything that differs. The allocator is left unchanged.
         """
         require_matching_allocator_state(state, self.state_dict(), self.settings.contribution)
-        device = self._projections[0].lora_A.device
+        device = self._layer_of.device
         self.steps = state["steps"]
         self.ranks, self.budget, self.skipped, self._value = (
             state[key].to(device, copy=True) for key in ("ranks", "budget", "skipped", "value")
@@ -235,7 +241,6 @@ class RankAllocator:
         if self._fisher is not None:
             self._fisher = state["fisher"].to(device, copy=True)
             self._observed = True
-        self._follow_device()
         self._write()
 
     def _compute_contributions(self, norms: Tensor, truncated: Tensor) -> Tensor:
@@ -251,33 +256,44 @@ class RankAllocator:
             return functional.relative_contributions(contribution, self._norms.matrices)
         return contribution
 
-    def _bind(self) -> None:
-        """Make the layers' buffers views of two tensors, so that one operation can write the ranks of all layers."""
-        device = self._projections[0].lora_A.device
-        self._all_ranks = torch.empty(len(self._projections), dtype=torch.long, device=device)
-        self._all_masks = torch.empty(len(self._projections), self.max_rank, dtype=torch.bool, device=device)
-        self._bound = list(zip(self._all_ranks, self._all_masks, strict=True))
-        for layer, (rank, rank_mask) in zip(self._projections, self._bound, strict=True):
-            layer.rank, layer.rank_mask = rank, rank_mask
+    @torch.no_grad()
+    def _follow_model(self) -> None:
+        """Continue with the ranks and on the device of the model, if its masks are not those that were written.
 
-    def _follow_device(self) -> None:
-        """Bind the buffers again if the model was moved or its buffers were replaced."""
-        if all(
-            layer._buffers["rank"] is rank and layer._buffers["rank_mask"] is mask
-            for layer, (rank, mask) in zip(self._projections, self._bound, strict=True)
-        ):
+        Masks that were changed in place often have the same values, for example when DDP sends buffers. They are
+        compared on the device. Masks that were replaced belong to another state of the model, so the values of its
+        layers are not compared with the old ones, and growth is zero in the next step.
+        """
+        masks = [layer.rank_mask for layer in self._projections]
+        replaced = any(mask is not written for mask, (written, _) in zip(masks, self._written, strict=True))
+        if not replaced and all(_version(mask) == version for mask, version in self._written):
             return
         if any(layer.max_rank != self.max_rank for layer in self._projections):
             raise RuntimeError("Expected a model that was not trimmed but it was trimmed; its ranks are final.")
-        device = self._projections[0].lora_A.device
+        device = masks[0].device
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 setattr(self, name, value.to(device))
         self._norms.to(device)
-        self._bind()
+        # Projections that share a rank may have got different ones.
+        found = torch.stack(masks).count_nonzero(1)[:, None]
+        ranks = torch.ones_like(self.ranks).scatter_reduce(0, self._layer_of.view(-1), found.view(-1), "amax")
+        changed = (found != self.ranks[self._layer_of]).any()
+        self.ranks = torch.where(changed, ranks, self.ranks)
+        if self.settings.gradual_budget:
+            budget = ranks.sum().float().clamp(self.min_budget, self.max_budget)
+            self.budget = torch.where(changed, budget, self.budget)
+        self._value = torch.zeros_like(self._value) if replaced else torch.where(changed, 0.0, self._value)
         self._write()
 
     def _write(self) -> None:
-        """Write the ranks of all layers and their masks."""
-        torch.index_select(self.ranks, 0, self._layer_of, out=self._all_ranks)
-        torch.lt(self._components, self._all_ranks[:, None], out=self._all_masks)
+        """Write the masks of all layers."""
+        masks = [layer.rank_mask for layer in self._projections]
+        torch.lt(self._components, self.ranks[self._layer_of], out=self._masks)
+        torch._foreach_copy_(masks, list(self._masks.unbind()))
+        self._written = [(mask, _version(mask)) for mask in masks]
+
+
+def _version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed in place; 0 if torch does not count it."""
+    return 0 if tensor.is_inference() else tensor._version

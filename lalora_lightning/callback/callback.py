@@ -22,7 +22,14 @@ from lalora_lightning.adapters import (
     named_modules,
     summarize,
 )
-from lalora_lightning.allocator import AllocationSettings, Contribution, ContributionScale, Growth, RankAllocator
+from lalora_lightning.allocator import (
+    AllocationSettings,
+    Contribution,
+    ContributionScale,
+    Growth,
+    RankAllocator,
+    leave_masks_out_of_broadcasts,
+)
 from lalora_lightning.callback import compatibility
 from lalora_lightning.callback.checkpoint_hooks import AdapterCheckpoints
 from lalora_lightning.callback.checks import LearningChecks
@@ -60,7 +67,7 @@ class LaLoraCallback(AdapterCheckpoints):
 
     A LightningModule that builds its model in ``setup`` or ``configure_model`` has to call ``add_lora`` in that method.
     With manual optimization, the ranks are updated once for each batch in which an optimizer stepped. Callbacks that
-    average weights have to come after this one and need ``use_buffers=False``, because ranks cannot be averaged.
+    average weights have to come after this one.
 
     Args:
         rank: Maximum rank of a projection.
@@ -199,6 +206,7 @@ class LaLoraCallback(AdapterCheckpoints):
             add_lora(pl_module, **vars(self.adapter_settings))
             self._inserted = list(lora_layers(pl_module).values())
             rank_zero_info(f"La-LoRA: {summarize(pl_module, self.allocation_settings.group_by)}")
+        leave_masks_out_of_broadcasts(pl_module)
         self.attach_hooks(trainer, pl_module)
         keep_adapters_in_float32(trainer)
         if stage == "fit":

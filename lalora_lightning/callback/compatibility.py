@@ -101,20 +101,13 @@ def require_averaging_after(trainer: pl.Trainer, callback: pl.Callback) -> None:
 
 
 def require_compatible_averages(callbacks: Sequence[pl.Callback], save_adapter_only: bool) -> None:
-    """Check that no ``WeightAveraging`` callback averages buffers, which hold the ranks, or needs whole checkpoints.
+    """Check that no ``WeightAveraging`` callback needs whole checkpoints.
 
     Raises:
-        ValueError: A callback has ``use_buffers=True``, or would have to resume from an adapter-only checkpoint.
+        ValueError: A callback would have to resume from an adapter-only checkpoint.
     """
     for callback in callbacks:
-        if not isinstance(callback, WeightAveraging):
-            continue
-        if callback._use_buffers:
-            raise ValueError(
-                f"Expected {type(callback).__name__} not to average buffers, which contain the ranks, but it has "
-                "use_buffers=True; set use_buffers=False."
-            )
-        if save_adapter_only:
+        if save_adapter_only and isinstance(callback, WeightAveraging):
             raise ValueError(
                 f"Expected save_adapter_only=False with {type(callback).__name__}, which can only resume from full "
                 "checkpoints, but got True."

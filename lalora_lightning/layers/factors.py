@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lalora_lightning.initialization import FACTORIZATIONS, Init
 from lalora_lightning.layers.kernels import OutSlices
+from lalora_lightning.layers.rank_masks import rank_mask
 from lalora_lightning.sharding import gathered
 
 __all__ = ["LowRankFactors"]
@@ -30,7 +31,6 @@ class LowRankFactors(nn.Module):
         dtype: Data type of the factors.
     """
 
-    rank: Tensor
     rank_mask: Tensor
     start_A: Tensor | None
     start_B: Tensor | None
@@ -59,11 +59,15 @@ class LowRankFactors(nn.Module):
             torch.empty(len(out_slices) * rank, in_features, device=device, dtype=dtype), not freeze_A
         )
         self.lora_B = nn.Parameter(torch.empty(adapted, rank, device=device, dtype=dtype))
-        self.register_buffer("rank", torch.empty((), dtype=torch.long, device=device))
-        # Not persistent, because it follows from `rank`. Boolean, so that casting the model does not change it.
-        self.register_buffer("rank_mask", torch.empty(rank, dtype=torch.bool, device=device), persistent=False)
+        # In floating point, so that an average of models, by whatever code, averages the masks, too.
+        self.register_buffer("rank_mask", torch.empty(rank, dtype=torch.float32, device=device))
         self.register_buffer("start_A", None)
         self.register_buffer("start_B", None)
+
+    @property
+    def rank(self) -> Tensor:
+        """The current rank, an integer scalar on the device: the number of components that the mask keeps."""
+        return self.rank_mask.count_nonzero()
 
     @torch.no_grad()
     def initialize(self, weight: Tensor | None) -> None:
@@ -114,13 +118,16 @@ class LowRankFactors(nn.Module):
     def set_rank(self, rank: int) -> None:
         """Set the current rank.
 
+        The mask is replaced and not changed, so a forward pass at the old rank can still be differentiated.
+
         Raises:
             ValueError: The rank is not in [1, max_rank].
         """
         if not 1 <= rank <= self.max_rank:
             raise ValueError(f"Expected rank to be in [1, {self.max_rank}] but got {rank}.")
-        self.rank.fill_(rank)
-        self.rank_mask.copy_(torch.arange(self.max_rank, device=self.rank.device) < rank)
+        # A mask that was made in inference mode could not be used in training.
+        with torch.inference_mode(False):
+            self.rank_mask = rank_mask(rank, self.max_rank, self.rank_mask.device).to(self.rank_mask.dtype)
 
     def split(self, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Split tensors of the shapes of ``lora_A`` and ``lora_B`` by slice: ``[(A (r, d), B (m_s, r)), ...]``."""
@@ -152,7 +159,8 @@ class LowRankFactors(nn.Module):
             that if initial factors are subtracted.
         """
         A, B, mask = self._factors()
-        pairs = [(A_s[mask], self.scaling * B_s[:, mask]) for A_s, B_s in self.split(A, B)]
+        kept = mask != 0
+        pairs = [(A_s[kept], self.scaling * (B_s * mask)[:, kept]) for A_s, B_s in self.split(A, B)]
         rank = len(pairs[0][0])
         folded_B = B.new_zeros(self.out_features, len(pairs) * rank)
         for i, ((start, stop), (_, B_s)) in enumerate(zip(self.out_slices, pairs, strict=True)):
@@ -175,11 +183,14 @@ class LowRankFactors(nn.Module):
         The parameters are replaced by new ones, so an optimizer has to be built again.
         """
         rank = int(self.rank)
+        mask = self.rank_mask[:rank]
         factors = self.split(self.lora_A, self.lora_B)
         self.lora_A = nn.Parameter(torch.cat([A[:rank] for A, _ in factors]), self.lora_A.requires_grad)
-        self.lora_B = nn.Parameter(torch.cat([B[:, :rank] for _, B in factors]), self.lora_B.requires_grad)
+        B = (self.lora_B[:, :rank] * mask).to(self.lora_B.dtype)
+        self.lora_B = nn.Parameter(B, self.lora_B.requires_grad)
         if self.start_A is not None and self.start_B is not None:
             initial = self.split(self.start_A, self.start_B)
-            self.start_A, self.start_B = torch.cat([A[:rank] for A, _ in initial]), self.start_B[:, :rank].clone()
+            self.start_A = torch.cat([A[:rank] for A, _ in initial])
+            self.start_B = (self.start_B[:, :rank] * mask).to(self.start_B.dtype)
         self.max_rank = rank
-        self.rank_mask = self.rank_mask[:rank].clone()
+        self.set_rank(rank)

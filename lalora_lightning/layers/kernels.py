@@ -66,7 +66,7 @@ def truncated_lora(
         bias: ``(m,)``.
         A: ``(S r, d)``.
         B: ``(sum of m_s, r)``.
-        rank_mask: ``(r,)`` bool, True for the components within the current rank.
+        rank_mask: ``(r,)``, 1 for the components within the current rank, 0 for the others.
         scaling: Factor of the adapter.
         out_slices: The adapted ranges of output features.
 

@@ -1,18 +1,20 @@
-"""State dict hooks of a low-rank layer: checks before saving and loading, and updating the mask."""
+"""State dict hooks of a low-rank layer: checks before saving and loading, and reading the rank mask."""
 
 import sys
 import warnings
 import weakref
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from lalora_lightning.layers.rank_masks import mask_problem, replace_ranks
 
 __all__ = [
     "describe_extra_state",
+    "replace_mask",
+    "require_rank_mask",
     "require_unmerged_to_load",
     "require_unmerged_to_save",
-    "update_mask",
     "warn_of_save_pretrained",
 ]
 
@@ -61,19 +63,44 @@ def require_unmerged_to_load(layer: Any, state_dict: dict[str, Any], prefix: str
         )
 
 
-def update_mask(layer: Any, incompatible_keys: Any) -> None:
-    """Update the mask for the loaded rank; a post-hook of loading a state dict.
+def require_rank_mask(
+    layer: Any,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: dict[str, Any],
+    strict: bool,
+    missing_keys: list[str],
+    *args: Any,
+) -> None:
+    """Check the mask in a state that is loaded, and warn once if there is none; a pre-hook.
+
+    A state of version 0.1.0 contains the rank instead, which is replaced by its mask.
 
     Raises:
-        ValueError: The loaded rank is not in [1, max_rank].
+        ValueError: The rank or the mask is not one that a layer can have.
     """
-    if not layer.rank.is_meta and not 1 <= layer.rank <= layer.max_rank:
-        raise ValueError(f"Expected the loaded rank to be in [1, {layer.max_rank}] but got {int(layer.rank)}.")
-    rank_mask = torch.arange(layer.max_rank, device=layer.rank.device) < layer.rank
-    if layer.rank_mask.device == rank_mask.device:
-        layer.rank_mask.copy_(rank_mask)
-    else:
-        layer.rank_mask = rank_mask
+    own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+    replaced = replace_ranks(own)
+    for key in own.keys() - replaced.keys():
+        del state_dict[key]
+    state_dict.update(replaced)
+    key = f"{prefix}rank_mask"
+    if key in state_dict:
+        problem = mask_problem(key, state_dict[key])
+        if problem is not None:
+            raise ValueError(f"Cannot load the state: {problem}.")
+        state_dict[key] = state_dict[key].float()
+    elif f"{prefix}lora_B" in state_dict and not any(missing.endswith("rank_mask") for missing in missing_keys):
+        warnings.warn(
+            f"La-LoRA: the state has adapters without ranks ({key} is the first that is missing), so the ranks stay as "
+            "they are. Save states with lora_state_dict(model), which contains the buffers rank_mask.",
+            stacklevel=2,
+        )
+
+
+def replace_mask(layer: Any, incompatible_keys: Any) -> None:
+    """Replace the mask with a copy, so that a rank allocator notices that a state was loaded; a post-hook."""
+    layer.rank_mask = layer.rank_mask.clone()
 
 
 def describe_extra_state(state: Any) -> str:

@@ -39,7 +39,7 @@ class TruncatedLoRALinear(LowRankFactors):
     and ``B_r'`` are the first ``r'`` rows of ``lora_A`` and columns of ``lora_B``. Both are stored at the maximum rank
     ``r`` and truncated by a mask on the device. Changing the rank therefore changes no shapes and causes no
     recompilation or synchronization. The components beyond ``r'`` keep their values and get zero gradients. A state
-    dict contains the current rank and, as extra state, the scaling and the slices.
+    dict contains the mask and, as extra state, the scaling and the slices.
 
     ``lora_B`` is initialized to zero, so a new layer computes exactly the same as its base layer. If ``init`` makes
     ``B A`` nonzero, the layer keeps the initial factors and subtracts their product, truncated to the same rank:
@@ -72,7 +72,9 @@ class TruncatedLoRALinear(LowRankFactors):
         lora_B: ``(m, r)``, or ``(sum of the slices' widths, r)`` for slices.
         start_A: The initial ``lora_A``, a persistent buffer; None if the initial ``B A`` is zero.
         start_B: The initial ``lora_B``, a persistent buffer or None, like ``start_A``.
-        rank: Integer scalar, the current rank ``r'``; a persistent buffer. The initial value is ``r``.
+        rank_mask: ``(r,)``, a persistent buffer: 1 for the components within the current rank, 0 for the others. If
+            models of different ranks were averaged, the values in between weight the components.
+        rank: Integer scalar, the current rank ``r'``, read off the mask. The initial value is ``r``.
 
     Raises:
         TypeError: The base layer is not linear.
@@ -123,7 +125,8 @@ class TruncatedLoRALinear(LowRankFactors):
         self.register_state_dict_pre_hook(state_hooks.require_unmerged_to_save)
         self.register_state_dict_pre_hook(state_hooks.warn_of_save_pretrained)
         self.register_load_state_dict_pre_hook(state_hooks.require_unmerged_to_load)
-        self.register_load_state_dict_post_hook(state_hooks.update_mask)
+        self.register_load_state_dict_pre_hook(state_hooks.require_rank_mask)
+        self.register_load_state_dict_post_hook(state_hooks.replace_mask)
         # Dropout is off in a model that is adapted in evaluation mode.
         self.train(base_layer.training)
 
@@ -262,12 +265,6 @@ class TruncatedLoRALinear(LowRankFactors):
             return False
         return torch.equal(state.cpu(), own.to(state.dtype))
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not keep_vars:
-            # With a rank allocator, the ranks of all layers are views of one tensor, which some formats refuse to save.
-            destination[prefix + "rank"] = destination[prefix + "rank"].clone()
-
     @torch.no_grad()
     def merge(self) -> None:
         """Add the adapter to the base weight, in float32 and cast once; :meth:`unmerge` restores it bit for bit.
@@ -315,7 +312,7 @@ class TruncatedLoRALinear(LowRankFactors):
 
     def extra_repr(self) -> str:
         """Return the current rank and the scaling, and slices and dropout if they are not the defaults."""
-        rank = "?" if self.rank.is_meta else int(self.rank)
+        rank = "?" if self.rank_mask.is_meta else int(self.rank)
         text = f"rank={rank} of {self.max_rank}, scaling={self.scaling}"
         if self.out_slices != ((0, self.out_features),):
             text += f", out_slices={self.out_slices}"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lalora_lightning.files import load_file
+from lalora_lightning.layers import replace_ranks
 from lalora_lightning.runs.adapter_size import trimmed_bytes
 from lalora_lightning.runs.run import Run
 from lalora_lightning.runs.settings import flat
@@ -57,12 +58,13 @@ def read_checkpoint(path: Path) -> Run:
 def _adapter_sizes(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return the adapter parameters of a state dict and the size of the adapters trimmed to their current ranks."""
     parameters = trimmed = 0
+    weights = replace_ranks(weights)
     for key in weights:
         name, _, last = key.rpartition(".")
         if last == "lora_A":
-            A, B, rank = (weights[f"{name}.{part}".lstrip(".")] for part in ("lora_A", "lora_B", "rank"))
+            A, B, mask = (weights[f"{name}.{part}".lstrip(".")] for part in ("lora_A", "lora_B", "rank_mask"))
             parameters += A.numel() + B.numel()
-            trimmed += trimmed_bytes(A, B, int(rank))
+            trimmed += trimmed_bytes(A, B, int(mask.count_nonzero()))
     return {"adapter parameters": parameters, "trimmed adapter, KiB": trimmed / 1024} if parameters else {}
 
 

@@ -18,7 +18,7 @@ from lalora_lightning.adapters import (
     require_lora_layers,
 )
 from lalora_lightning.files import load_file
-from lalora_lightning.layers import TruncatedLoRALinear, is_quantized
+from lalora_lightning.layers import TruncatedLoRALinear, is_quantized, mask_problem, replace_ranks
 from lalora_lightning.names import common_prefix, state_name
 from lalora_lightning.saving.pretrained_folder import read_pretrained_weights
 from lalora_lightning.saving.wrappers import unwrapped
@@ -36,7 +36,7 @@ _CANNOT_LOAD = "Cannot load the adapter state"
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return ``model.state_dict()`` without the backbone: adapters, ranks, other trainable parameters and buffers.
+    """Return ``model.state_dict()`` without the backbone: adapters, rank masks, other trainable parameters and buffers.
 
     All frozen parameters count as backbone, unless they belong to an adapter. If you want to freeze the head, get the
     state first. Wrappers of ``torch.compile``, DDP and Fabric do not show in the keys, so that
@@ -71,7 +71,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | os.P
     if not isinstance(state, Mapping):
         state = _read(state)
     model = unwrapped(model)
-    state = _without_root(model, _by_name(state))
+    state = _without_root(model, replace_ranks(_by_name(state)))
     if lora_layers(model):
         require_matching_state(model, state)
     else:
@@ -85,7 +85,7 @@ def require_matching_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Keys are missing or unknown, or a value does not fit; the message lists all of them.
     """
-    own, state, layers = _by_name(model.state_dict()), _by_name(state), lora_layers(model)
+    own, state, layers = _by_name(model.state_dict()), replace_ranks(_by_name(state)), lora_layers(model)
     missing = [key for key in without_frozen(model, own) if key not in state]
     problems = [f"missing keys: {', '.join(missing)}"] if missing else []
     unknown = [str(key) for key in state if key not in own]
@@ -104,12 +104,8 @@ def require_matching_state(model: nn.Module, state: Mapping[str, Any]) -> None:
                 f"{state[key].tolist() if isinstance(state[key], Tensor) else state[key]!r}"
             )
     if not problems:
-        ranks = {f"{name}.rank".lstrip("."): layer.max_rank for name, layer in layers.items()}
-        problems = [
-            f"expected {key} to be in [1, {max_rank}] but got {int(state[key])}"
-            for key, max_rank in ranks.items()
-            if not 1 <= int(state[key]) <= max_rank
-        ]
+        masks = [f"{name}.rank_mask".lstrip(".") for name in layers]
+        problems = [problem for key in masks if (problem := mask_problem(key, state[key]))]
     if problems:
         raise ValueError(f"{_CANNOT_LOAD}: {'; '.join(problems)}.")
 

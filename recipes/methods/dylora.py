@@ -50,8 +50,9 @@ def draw_ranks(layers: Iterable[TruncatedLoRALinear]) -> None:
     The ranks are drawn on the layer's device, without synchronization.
     """
     for layer in layers:
-        layer.rank.random_(1, layer.max_rank + 1)
-        layer.rank_mask.copy_(torch.arange(layer.max_rank, device=layer.rank.device) < layer.rank)
+        device = layer.rank_mask.device
+        rank = torch.randint(1, layer.max_rank + 1, (), device=device)
+        layer.rank_mask = (torch.arange(layer.max_rank, device=device) < rank).float()
 
 
 def restore_full_ranks(layers: Iterable[TruncatedLoRALinear]) -> None:

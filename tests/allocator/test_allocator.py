@@ -1,14 +1,25 @@
 """RankAllocator in a plain loop: hand-worked steps, every switch, state, and what is refused."""
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
-from lalora_lightning import RankAllocator, TruncatedLoRALinear, add_lora, lora_layers, trim_lora
+from lalora_lightning import (
+    RankAllocator,
+    TruncatedLoRALinear,
+    add_lora,
+    load_lora_state_dict,
+    lora_layers,
+    lora_state_dict,
+    trim_lora,
+)
 from tests.helpers.models import TinyTransformer
 
 
@@ -473,3 +484,86 @@ def test_a_default_type_of_bfloat16_does_not_change_the_ranks(default_bfloat16: 
 def test_a_fraction_of_a_run_is_refused_without_a_run(adapted: TinyTransformer):
     with pytest.raises(ValueError, match=r"freeze_after to be a number of steps but got 0\.5"):
         RankAllocator(adapted, freeze_after=0.5)
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in lora_state_dict(model).items()}
+
+
+@pytest.mark.parametrize(
+    "load", [load_lora_state_dict, lambda model, state: model.load_state_dict(state, strict=False)]
+)
+def test_a_state_loaded_beside_an_allocator_is_where_it_continues(adapted: TinyTransformer, load: Callable):
+    """The best weights are loaded back, as early stopping does: ranks and budget are theirs, and nothing shrinks."""
+    allocator = RankAllocator(adapted, gamma=3.0)
+    grow(adapted, allocator, 2, lambda i: 0.05 * (i + 1))
+    best, ranks = state_of(adapted), allocator.ranks.tolist()
+    grow(adapted, allocator, 20, lambda i: 0.05 * (i + 1))
+    assert sum(ranks) < int(allocator.ranks.sum())
+    load(adapted, best)
+    allocator.step()
+    assert allocator.growth_rates.tolist() == [0, 0, 0]
+    assert allocator.budget.item() == sum(ranks)
+    assert allocator.ranks.tolist() == [int(block.query.rank) for block in adapted.blocks]
+    assert grow(adapted, allocator, 3, lambda i: 0.05)[-1] == [int(block.query.rank) for block in adapted.blocks]
+    assert allocator.budget > sum(ranks)
+
+
+def test_weights_loaded_at_the_same_ranks_are_not_compared_with_the_old_ones(adapted: TinyTransformer):
+    allocator = RankAllocator(adapted, gamma=3.0, temperature=1000.0)
+    grow(adapted, allocator, 20, lambda i: 0.05)
+    full, ranks = state_of(adapted), allocator.ranks.tolist()
+    grow(adapted, allocator, 20, lambda i: 0.5)
+    assert (allocator.ranks.tolist(), allocator.budget.item()) == (ranks, 12.0)
+    load_lora_state_dict(adapted, full)
+    allocator.step()
+    # The adapters are much smaller than in the step before, which is no reason to shrink the budget.
+    assert (allocator.ranks.tolist(), allocator.budget.item()) == (ranks, 12.0)
+
+
+@pytest.mark.parametrize("read", [RankAllocator.read, RankAllocator.state_dict])
+def test_a_frozen_allocator_tells_the_ranks_of_the_model(adapted: TinyTransformer, read: Callable):
+    allocator = RankAllocator(adapted, freeze_after=0)
+    for block, rank in zip(adapted.blocks, (2, 3, 4), strict=True):
+        block.query.set_rank(rank)
+    read(allocator)
+    # The value projection shares the rank.
+    assert allocator.ranks.tolist() == [2, 3, 4] == [int(block.value.rank) for block in adapted.blocks]
+    adapted.blocks[0].query.set_rank(1)
+    adapted.blocks[0].value.set_rank(1)
+    allocator.step()
+    assert allocator.ranks.tolist() == [1, 3, 4]
+    assert allocator.budget == 8
+
+
+def test_the_whole_budget_stays_when_other_ranks_are_found(adapted: TinyTransformer):
+    allocator = RankAllocator(adapted, gradual_budget=False)
+    adapted.blocks[0].query.set_rank(2)
+    adapted.blocks[0].value.set_rank(2)
+    assert allocator.read() == ([2, 4, 4], 12.0, 0)
+
+
+def test_masks_that_are_written_with_the_same_values_change_nothing(adapted: TinyTransformer):
+    """As DDP does before each forward pass."""
+    trajectories = []
+    for rewritten in (False, True):
+        model = copy.deepcopy(adapted)
+        allocator = RankAllocator(model, gamma=1.0)
+        ranks = []
+        for _ in range(10):
+            ranks += grow(model, allocator, 1, lambda i: 0.02 * (i + 1))
+            if rewritten:
+                for layer in lora_layers(model).values():
+                    layer.rank_mask.copy_(layer.rank_mask.clone())
+        trajectories.append((ranks, allocator.budget.item()))
+    assert trajectories[0] == trajectories[1]
+    assert trajectories[0][0][-1] != [1, 1, 1]
+
+
+def test_the_layers_own_their_masks(adapted: TinyTransformer, tmp_path: Path):
+    """No buffer is a view of the allocator's tensors, which formats such as safetensors refuse to save."""
+    RankAllocator(adapted).step()
+    masks = [layer.rank_mask for layer in lora_layers(adapted).values()]
+    assert len({mask.untyped_storage().data_ptr() for mask in masks}) == len(masks)
+    assert all(mask.untyped_storage().nbytes() == mask.nbytes for mask in masks)
+    safetensors.torch.save_model(adapted, tmp_path / "model.safetensors")

@@ -12,14 +12,31 @@ from lalora_lightning import LaLoraCallback
 from tests.helpers.training import TinyClassifier, loader, new_trainer
 
 
-def test_averaging_leaves_the_ranks_alone(tmp_path: Path):
-    module, callback = TinyClassifier(), LaLoraCallback(rank=4, gamma=3.0)
-    new_trainer(tmp_path, callback, WeightAveraging(use_buffers=False)).fit(module, loader(), loader(2))
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_averaging_leaves_the_ranks_of_the_run_alone(tmp_path: Path, use_buffers: bool):
+    class LastRanks(pl.Callback):
+        """The average replaces the module when training ends."""
+
+        def on_train_batch_end(
+            self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+        ) -> None:
+            self.masks = [block.query.rank_mask.tolist() for block in pl_module.model.blocks]
+
+    module, callback, last = TinyClassifier(), LaLoraCallback(rank=4, gamma=1.0), LastRanks()
+    averaging = WeightAveraging(use_buffers=use_buffers)
+    new_trainer(tmp_path, callback, last, averaging).fit(module, loader(), loader(2))
     ranks = callback.allocator.ranks.tolist()
     assert sum(ranks) > 3
     assert [int(module.model.blocks[i].query.rank) for i in range(3)] == ranks
-    for i, rank in enumerate(ranks):
-        assert module.model.blocks[i].query.rank_mask.tolist() == [k < rank for k in range(4)]
+    assert last.masks == [[float(k < rank) for k in range(4)] for rank in ranks]
+    averaged = [block.query.rank_mask.tolist() for block in module.model.blocks]
+    if use_buffers:
+        # Of the 21 steps, those with the component.
+        histories = [[ranks[i] for step, ranks, _ in callback.history if step > 0] for i in range(3)]
+        expected = [[sum(rank > k for rank in ranks) / 21 for k in range(4)] for ranks in histories]
+        torch.testing.assert_close(torch.tensor(averaged), torch.tensor(expected))
+    else:
+        assert averaged == last.masks
 
 
 def test_stochastic_weight_averaging_averages_the_adapters(tmp_path: Path):
@@ -42,7 +59,6 @@ def test_stochastic_weight_averaging_averages_the_adapters(tmp_path: Path):
 @pytest.mark.parametrize(
     ("callbacks", "message"),
     [
-        ([LaLoraCallback(rank=4), WeightAveraging()], "has use_buffers=True; set use_buffers=False"),
         ([WeightAveraging(use_buffers=False), LaLoraCallback(rank=4)], "to come after LaLoraCallback"),
         ([StochasticWeightAveraging(1e-3), LaLoraCallback(rank=4)], "to come after LaLoraCallback"),
         (

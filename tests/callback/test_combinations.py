@@ -114,7 +114,9 @@ def test_the_best_checkpoint_has_the_ranks_of_its_step(tmp_path: Path):
     for path in checkpoints.best_k_models:
         checkpoint = torch.load(path, weights_only=True)
         state = checkpoint["state_dict"]
-        assert [int(state[f"model.blocks.{i}.query.rank"]) for i in range(3)] == history[checkpoint["global_step"]]
+        assert [int(state[f"model.blocks.{i}.query.rank_mask"].sum()) for i in range(3)] == history[
+            checkpoint["global_step"]
+        ]
 
 
 @pytest.mark.parametrize("position", [0, 1])

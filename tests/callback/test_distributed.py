@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, load_lora_state_dict
+from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, load_lora_state_dict, lora_layers
 from tests.helpers.models import TinyTransformer
 from tests.helpers.processes import ShardedClassifier, batches, in_processes, strategy_of
 from tests.helpers.training import TinyClassifier, new_trainer
@@ -151,3 +151,54 @@ def test_flattened_parameters_are_refused(tmp_path: Path):
 
     for message in in_processes(2, tmp_path, work):
         assert "blocks.0.query.lora_A has the shape (" in message
+
+
+def count_broadcasts(module: torch.nn.Module) -> tuple[int, list[list[float]]]:
+    """Return how much DDP sends in a forward pass, and the masks after it."""
+    parallel = torch.nn.parallel.DistributedDataParallel(module)
+    x = torch.randn(4, 5, 8)
+    for _ in range(2):
+        # DDP arranges its buckets after the first backward pass.
+        parallel(x).sum().backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        parallel(x)
+    sent = sum(event.count for event in profiled.key_averages() if "broadcast" in event.key)
+    return sent, [layer.rank_mask.tolist() for layer in lora_layers(module).values()]
+
+
+def test_ddp_sends_no_masks_that_an_allocator_writes(tmp_path: Path):
+    """Without an allocator, the masks of the first process are sent, as other buffers are."""
+
+    def work() -> Any:
+        rank = int(os.environ["LOCAL_RANK"])
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+        torch.manual_seed(0)
+        model = TinyTransformer()
+        add_lora(model, rank=4)
+        if rank == 1:
+            for layer in lora_layers(model).values():
+                layer.set_rank(2)
+        without = count_broadcasts(model)
+        RankAllocator(model, gradual_budget=False)
+        return without, count_broadcasts(model)
+
+    for (without, full), (sent, allocated) in in_processes(2, tmp_path, work):
+        assert without > sent == 0
+        assert full == allocated == [[1, 1, 1, 1]] * 6
+
+
+def test_ddp_sends_no_masks_in_a_trainer(tmp_path: Path):
+    class Ignored(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            self.names = set(trainer.strategy.model.parameters_to_ignore)
+
+    def work() -> Any:
+        ignored = Ignored()
+        trainer = new_trainer(tmp_path, LaLoraCallback(rank=4), ignored, strategy="ddp", devices=2, max_epochs=1)
+        trainer.fit(TinyClassifier(), batches(2))
+        return sorted(ignored.names)
+
+    for names in in_processes(2, tmp_path, work):
+        assert names == sorted(
+            f"model.blocks.{i}.{projection}.rank_mask" for i in range(3) for projection in ("query", "value")
+        )

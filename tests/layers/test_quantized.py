@@ -116,7 +116,14 @@ def test_it_trains_and_its_ranks_adapt(bits):
 def test_its_state_holds_nothing_of_the_quantized_weights(bits):
     model = adapted_model(bits)
     state = lora_state_dict(model)
-    assert {key.rpartition(".")[2] for key in state} == {"lora_A", "lora_B", "rank", "_extra_state", "weight", "bias"}
+    assert {key.rpartition(".")[2] for key in state} == {
+        "lora_A",
+        "lora_B",
+        "rank_mask",
+        "_extra_state",
+        "weight",
+        "bias",
+    }
     assert [key for key in state if key.endswith("weight")] == ["head.weight"]
     loaded = quantized_model(bits)
     load_lora_state_dict(loaded, state)
@@ -209,7 +216,12 @@ def test_a_model_that_transformers_quantized(bits, family, tmp_path, monkeypatch
     layers = lora_layers(model)
     assert len(layers) == (4 if family == "llama" else 2)
     assert all(layer.lora_B.grad.any() for layer in layers.values())
-    assert {key.rpartition(".")[2] for key in lora_state_dict(model)} == {"lora_A", "lora_B", "rank", "_extra_state"}
+    assert {key.rpartition(".")[2] for key in lora_state_dict(model)} == {
+        "lora_A",
+        "lora_B",
+        "rank_mask",
+        "_extra_state",
+    }
 
 
 @pytest.mark.parametrize("evaluated", ["before it is adapted", "after it was adapted"])

@@ -276,14 +276,14 @@ def test_state_dict_assigned_to_a_meta_layer_brings_its_rank_into_force():
     assert torch.equal(other(x), layer(x))
 
 
-def test_state_dict_holds_the_rank_and_not_the_mask():
+def test_state_dict_holds_the_mask():
     layer = make_layer(in_force=3)
     state = layer.state_dict()
-    assert set(state) == {"base_layer.weight", "base_layer.bias", "lora_A", "lora_B", "rank", "_extra_state"}
+    assert set(state) == {"base_layer.weight", "base_layer.bias", "lora_A", "lora_B", "rank_mask", "_extra_state"}
     other = make_layer(in_force=1)
     other.load_state_dict(state)
     assert int(other.rank) == 3
-    assert other.rank_mask.tolist() == [True, True, True, False]
+    assert other.rank_mask.tolist() == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -437,3 +437,27 @@ def test_autocast_leaves_double_precision_alone():
     layer = make_layer(dtype=torch.float64).double()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(torch.randn(3, 6, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_two_forward_passes_at_two_ranks_and_one_backward_pass():
+    layer = make_layer()
+    x = torch.randn(3, layer.in_features)
+    outputs = []
+    for rank in (4, 2):
+        layer.set_rank(rank)
+        outputs.append(layer(x).sum())
+    sum(outputs).backward()
+    A, B = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
+    for rank in (4, 2):
+        (layer.scaling * x @ A[:rank].T @ B[:, :rank].T).sum().backward()
+    torch.testing.assert_close(layer.lora_A.grad, A.grad)
+    torch.testing.assert_close(layer.lora_B.grad, B.grad)
+
+
+def test_a_rank_set_in_inference_mode_can_be_trained():
+    layer = make_layer()
+    with torch.inference_mode():
+        layer.set_rank(2)
+    layer(torch.randn(3, layer.in_features)).sum().backward()
+    assert layer.lora_B.grad[:, :2].any()
+    assert not layer.lora_B.grad[:, 2:].any()

@@ -33,7 +33,7 @@ def fresh(rank: int = 4) -> TinyTransformer:
 
 def test_state_holds_adapters_ranks_and_head_only(adapted: TinyTransformer):
     layers = [f"blocks.{i}.{name}" for i in range(3) for name in ("query", "value")]
-    expected = {f"{layer}.{key}" for layer in layers for key in ("lora_A", "lora_B", "rank", "_extra_state")}
+    expected = {f"{layer}.{key}" for layer in layers for key in ("lora_A", "lora_B", "rank_mask", "_extra_state")}
     assert set(lora_state_dict(adapted)) == expected | {"head.weight", "head.bias"}
 
 
@@ -105,7 +105,9 @@ def test_a_state_of_another_rank(adapted: TinyTransformer):
 
 @pytest.mark.parametrize("rank", [0, 5])
 def test_a_rank_out_of_range(adapted: TinyTransformer, rank: int):
+    """States of version 0.1.0 have a rank instead of a mask."""
     state = {**lora_state_dict(adapted), "blocks.1.value.rank": torch.tensor(rank)}
+    del state["blocks.1.value.rank_mask"]
     with pytest.raises(ValueError, match=rf"blocks\.1\.value\.rank to be in \[1, 4\] but got {rank}"):
         load_lora_state_dict(fresh(), state)
 
@@ -190,8 +192,24 @@ def test_a_state_of_another_scaling_or_of_other_slices_is_refused(adapted: TinyT
 
 def test_a_rank_out_of_range_is_refused_by_torchs_own_loading(adapted: TinyTransformer):
     state = {**adapted.state_dict(), "blocks.1.value.rank": torch.tensor(9)}
-    with pytest.raises(ValueError, match=r"Expected the loaded rank to be in \[1, 4\] but got 9"):
+    del state["blocks.1.value.rank_mask"]
+    with pytest.raises(ValueError, match=r"expected blocks\.1\.value\.rank to be in \[1, 4\] but got 9"):
         fresh().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "mask", [[0.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 1.0], [1.0, 2.0, 0.0, 0.0], [1.0, float("nan"), 0.0, 0.0]]
+)
+def test_a_mask_that_no_layer_has(adapted: TinyTransformer, mask: list[float]):
+    state = {**adapted.state_dict(), "blocks.1.value.rank_mask": torch.tensor(mask)}
+    model = fresh()
+    before = {key: value.clone() for key, value in lora_state_dict(model).items()}
+    message = r"expected blocks\.1\.value\.rank_mask to fall from 1 to 0, as in \[1, 1, 0, 0\] for rank 2, but got"
+    with pytest.raises(ValueError, match=message):
+        load_lora_state_dict(model, state)
+    assert all(torch.equal(value, before[key]) for key, value in lora_state_dict(model).items())
+    with pytest.raises(ValueError, match=message):
+        model.load_state_dict(state)
 
 
 def test_a_plain_model_asks_for_the_head_and_freezes_the_backbone(adapted: TinyTransformer):
@@ -366,3 +384,23 @@ def test_the_state_of_a_model_with_a_block_in_two_places():
     x = torch.randn(2, 5, 8)
     assert torch.equal(base(x), model(x))
     assert base.blocks[2] is base.blocks[0]
+
+
+def test_adapters_without_ranks_are_loaded_with_one_warning(adapted: TinyTransformer, recwarn: pytest.WarningsRecorder):
+    """A checkpoint of trainable parameters only, as people write it by hand."""
+    trainable = {name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad}
+    model = fresh()
+    for layer in lora_layers(model).values():
+        layer.set_rank(2)
+    model.load_state_dict(trainable, strict=False)
+    (warning,) = [w for w in recwarn if "La-LoRA" in str(w.message)]
+    assert "adapters without ranks (blocks.0.query.rank_mask is the first that is missing)" in str(warning.message)
+    assert {int(layer.rank) for layer in lora_layers(model).values()} == {2}
+    with pytest.raises(ValueError, match=r"missing keys: blocks\.0\.query\.rank_mask"):
+        load_lora_state_dict(model, trainable)
+    # With the buffers, nothing is missing.
+    buffers = {name: b.clone() for name, b in adapted.named_buffers()}
+    recwarn.clear()
+    model.load_state_dict({**trainable, **buffers}, strict=False)
+    assert not [w for w in recwarn if "La-LoRA" in str(w.message)]
+    assert {int(layer.rank) for layer in lora_layers(model).values()} == {4}

@@ -125,7 +125,7 @@ def new_run(folder: Path, *callbacks: pl.Callback) -> tuple[pl.LightningModule, 
 
 def saved_ranks(path: Path) -> set[int]:
     state = torch.load(path, weights_only=True)["state_dict"]
-    return {int(value) for key, value in state.items() if key.endswith(".rank")}
+    return {int(value.sum()) for key, value in state.items() if key.endswith(".rank_mask")}
 
 
 def test_only_training_is_at_drawn_ranks(tmp_path: Path):
