@@ -55,7 +55,7 @@ def vectors(model: nn.Module) -> Tensor:
     return model(torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)))
 
 
-# The heads that version 0.1.0 trained, and modules that the run left frozen although they belong to the task head.
+# As 0.1.0 adapted CTC models and classifiers with an untrained pooler, and as modules_to_save=[] does.
 @pytest.mark.parametrize(
     ("build", "run", "trained", "frozen"),
     [
@@ -144,6 +144,7 @@ def test_a_whole_state_has_the_head_which_is_trainable():
     assert trainable(plain) == trainable(tuned(TinyTransformer(), None))
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize(
     "parametrize", [weight_norm, torch.nn.utils.weight_norm, lambda m: prune.l1_unstructured(m, "weight", 0.3)]
 )
