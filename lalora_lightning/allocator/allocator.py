@@ -124,8 +124,7 @@ class RankAllocator:
         self._norms = ComponentNorms(groups, layers)
         device = self._projections[0].lora_A.device
         layer_of = [i for i, names in enumerate(groups.values()) for _ in names]
-        # Layer of each projection, as a column.
-        self._layer_of = torch.tensor(layer_of, device=device)[:, None]
+        self._layer_of = torch.tensor(layer_of, device=device)
         self._components = torch.arange(self.max_rank, device=device)
         self._masks = torch.empty(len(self._projections), self.max_rank, dtype=torch.float32, device=device)
         # Not the default type, which cannot count a large budget if it is bfloat16.
@@ -276,8 +275,8 @@ class RankAllocator:
                 setattr(self, name, value.to(device))
         self._norms.to(device)
         # Projections that share a rank may have got different ones.
-        found = torch.stack(masks).count_nonzero(1)[:, None]
-        ranks = torch.ones_like(self.ranks).scatter_reduce(0, self._layer_of.view(-1), found.view(-1), "amax")
+        found = torch.stack(masks).count_nonzero(1)
+        ranks = torch.ones_like(self.ranks).scatter_reduce(0, self._layer_of, found, "amax")
         changed = (found != self.ranks[self._layer_of]).any()
         self.ranks = torch.where(changed, ranks, self.ranks)
         if self.settings.gradual_budget:
@@ -289,7 +288,7 @@ class RankAllocator:
     def _write(self) -> None:
         """Write the masks of all layers."""
         masks = [layer.rank_mask for layer in self._projections]
-        torch.lt(self._components, self.ranks[self._layer_of], out=self._masks)
+        torch.lt(self._components, self.ranks[self._layer_of][:, None], out=self._masks)
         torch._foreach_copy_(masks, list(self._masks.unbind()))
         self._written = [(mask, _version(mask)) for mask in masks]
 

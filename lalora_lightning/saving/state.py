@@ -1,7 +1,8 @@
 """Adapter-only state dicts: everything that fine-tuning changed, without the frozen backbone."""
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,11 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | os.P
     """Load a state from :func:`lora_state_dict`, or the state of an adapted module from a Trainer's checkpoint.
 
     A model without LoRA layers is adapted first, as the state describes, so the settings of the run are not needed.
-    Only the backbone has to be the same: ``load_lora_state_dict(Classifier(), "best.ckpt")``. The adapters and the head
-    are then trainable, and so are all other parameters in an adapter-only state. Dropout is not part of a state. The
-    state of a LightningModule can also be loaded into the model that it contains.
+    Only the backbone has to be the same: ``load_lora_state_dict(Classifier(), "best.ckpt")``. The adapters are then
+    trainable, and so are all other parameters in an adapter-only state. With the state of a whole model, the task head
+    is trainable. A head that an adapter-only state lacks was frozen in the run. It stays frozen with the values of the
+    model, and a warning names it. Dropout is not part of a state. The state of a LightningModule can also be loaded
+    into the model that it contains.
 
     Args:
         model: A model with the same LoRA layers as the state, or without LoRA layers.
@@ -168,13 +171,22 @@ def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 
 def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Insert the layers of a state into a plain model, and remove them if the state does not fit."""
+    """Insert the layers of a state into a plain model, and remove them if the state does not fit.
+
+    An adapter-only state holds what the run trained. A module of the task head without any parameter in it was frozen
+    in the run, and stays so. If the state has some of a module's parameters, the others are missing.
+    """
     layers = _described_layers(model, state)
     was_trainable = [(p, p.requires_grad) for p in model.parameters()]
-    trained = find_head(model, layers)
-    if not any(str(key).endswith(".base_layer.weight") for key in state):
-        trained |= {name for name, _ in named_parameters(model) if name in state}
-    insert_layers(model, layers, [p for name, p in named_parameters(model) if name in trained])
+    trained, frozen_heads = find_head(model, layers), []
+    if not _is_whole(state, layers):
+        head = _by_module(trained, layers)
+        frozen_heads = [module for module, names in head.items() if names.isdisjoint(state)]
+        trained = trained.difference(*(head[module] for module in frozen_heads)).union(state)
+    insert_layers(model, layers, [])
+    for name, parameter in named_parameters(model):
+        if name in trained:
+            parameter.requires_grad_(True)
     try:
         require_matching_state(model, state)
     except ValueError as error:
@@ -185,6 +197,28 @@ def _adapt_as_described(model: nn.Module, state: Mapping[str, Any]) -> None:
             f"{error} If the run trained modules in full that differ from the task head, call add_lora "
             "with its settings (modules_to_save) first."
         ) from error
+    if frozen_heads:
+        warnings.warn(
+            f"La-LoRA: the state has no parameters of {', '.join(frozen_heads)} (task head), which stay frozen with "
+            "the values of this model; if the run trained them, the state is incomplete.",
+            stacklevel=3,
+        )
+
+
+def _is_whole(state: Mapping[str, Any], layers: Mapping[str, TruncatedLoRALinear]) -> bool:
+    """Return whether a state is that of the whole model: it has the parameters of all adapted base layers."""
+    bases = {f"{name}.base_layer.".lstrip("."): layer.base_layer for name, layer in layers.items()}
+    return all(f"{prefix}{key}" in state for prefix, base in bases.items() for key, _ in named_parameters(base))
+
+
+def _by_module(head: Iterable[str], layers: Iterable[str]) -> dict[str, set[str]]:
+    """Group parameters of the task head by the outermost modules without an adapted layer."""
+    layers = list(layers)
+    modules: dict[str, set[str]] = {}
+    for name in sorted(head):
+        shared = max(len(common_prefix([name, layer])) for layer in layers)
+        modules.setdefault(".".join(name.split(".")[: shared + 1]), set()).add(name)
+    return modules
 
 
 def _described_layers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, TruncatedLoRALinear]:

@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 
 from lalora_lightning import add_lora
-from tests.helpers.families import SMALL, TEXT, gpt2, t5
+from tests.helpers.families import SMALL, TEXT, bert_classifier, gpt2, t5, wav2vec2_ctc
 from tests.helpers.models import TinyTransformer, unchanged
 
 
@@ -72,17 +72,6 @@ def test_a_target_in_a_module_that_is_trained_in_full(model: TinyTransformer):
     assert unchanged(model)
 
 
-SPEECH = {
-    "conv_dim": (8, 8),
-    "conv_stride": (5, 4),
-    "conv_kernel": (10, 8),
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-    **SMALL,
-}
-
-
 def encoder_decoder() -> nn.Module:
     vision = transformers.ViTModel(transformers.ViTConfig(**SMALL, image_size=16, patch_size=8))
     config = transformers.TrOCRConfig(
@@ -118,8 +107,7 @@ def test_the_output_layer_of_a_masked_language_model_is_no_head():
 
 
 def test_the_output_layer_of_a_ctc_model_is_a_head():
-    model = transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**SPEECH, vocab_size=12))
-    assert add_lora(model, rank=2).head == ("lm_head",)
+    assert add_lora(wav2vec2_ctc(), rank=2).head == ("lm_head",)
 
 
 class Decoder(nn.Module):
@@ -145,14 +133,6 @@ def test_language_models_outside_of_transformers():
 def test_as_many_classes_as_tokens_are_classes():
     config = transformers.LlamaConfig(**TEXT, pad_token_id=0, num_labels=50)
     assert add_lora(transformers.LlamaForSequenceClassification(config), rank=2).head == ("score",)
-
-
-def bert_classifier(pooler: float, encoder: float = 0.1) -> nn.Module:
-    """A classifier with these biases: zero if the module has never been trained."""
-    model = transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT))
-    nn.init.constant_(model.bert.pooler.dense.bias, pooler)
-    nn.init.constant_(model.bert.encoder.layer[0].attention.self.query.bias, encoder)
-    return model
 
 
 def test_a_pooler_that_was_never_trained_belongs_to_the_head():

@@ -7,6 +7,15 @@ from torch import nn
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 TEXT = {**SMALL, "vocab_size": 50}
+SPEECH = {
+    **SMALL,
+    "conv_dim": (8, 8),
+    "conv_stride": (5, 4),
+    "conv_kernel": (10, 8),
+    "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
 
 
 def roberta() -> nn.Module:
@@ -15,6 +24,14 @@ def roberta() -> nn.Module:
 
 def bert() -> nn.Module:
     return transformers.BertForQuestionAnswering(transformers.BertConfig(**TEXT))
+
+
+def bert_classifier(pooler: float, encoder: float = 0.1) -> nn.Module:
+    """A classifier with these biases: zero if the module has never been trained."""
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**TEXT))
+    nn.init.constant_(model.bert.pooler.dense.bias, pooler)
+    nn.init.constant_(model.bert.encoder.layer[0].attention.self.query.bias, encoder)
+    return model
 
 
 def distilbert() -> nn.Module:
@@ -55,6 +72,10 @@ def vit() -> nn.Module:
 
 def timm_vit() -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+
+
+def wav2vec2_ctc() -> nn.Module:
+    return transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(**SPEECH, vocab_size=12))
 
 
 def run(model: nn.Module) -> torch.Tensor:
