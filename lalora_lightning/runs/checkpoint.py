@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from lalora_lightning.files import load_file
-from lalora_lightning.layers import replace_ranks
 from lalora_lightning.runs.adapter_size import trimmed_bytes
 from lalora_lightning.runs.run import Run
 from lalora_lightning.runs.settings import flat
@@ -57,6 +56,9 @@ def read_checkpoint(path: Path) -> Run:
 
 def _adapter_sizes(weights: Mapping[str, Any]) -> dict[str, Any]:
     """Return the adapter parameters of a state dict and the size of the adapters trimmed to their current ranks."""
+    # Logs are read without torch.
+    from lalora_lightning.layers import replace_ranks
+
     parameters = trimmed = 0
     weights = replace_ranks(weights)
     for key in weights:
