@@ -11,9 +11,15 @@ from lalora_lightning.adapters.head import head_parameters, named_head_parameter
 from lalora_lightning.adapters.insertion import insert_layers
 from lalora_lightning.adapters.inspection import AdapterSummary, lora_layers, named_modules, summarize
 from lalora_lightning.adapters.remarks import remarks
-from lalora_lightning.adapters.targets import find_targets, match_modules, require_untied_weights
+from lalora_lightning.adapters.targets import (
+    ALL_LINEAR,
+    Targets,
+    find_targets,
+    match_modules,
+    require_untied_weights,
+)
 from lalora_lightning.initialization import Init
-from lalora_lightning.layers import TruncatedLoRALinear, lora_scaling
+from lalora_lightning.layers import TruncatedLoRALinear, is_linear, linear_shape, lora_scaling
 from lalora_lightning.names import parent_name
 
 __all__ = ["add_lora"]
@@ -45,8 +51,11 @@ def add_lora(
             every module of this name, and ``"layer.3.query"`` is more specific. These projections are adapted as a
             whole. By default, query and value projections are found by their usual names. In fused projections
             (``qkv``, ``Wqkv``, ``c_attn``, and ``in_proj`` of ``nn.MultiheadAttention``), the default only adapts the
-            slices of query and value, or the whole projection if it is ordered head by head. Frozen modules are left
-            alone if other matches are trainable.
+            slices of query and value, or the whole projection if it is ordered head by head. ``"all-linear"`` adapts
+            all linear layers of the backbone: not the task head, and not the output layer of a language model. In
+            fused projections, query, key and value are then slices of their own, which share a rank. Layers that are
+            narrower than the rank are left out with a warning. Frozen modules are left alone if other matches are
+            trainable.
         modules_to_save: Names of the modules that are trained in full. By default this is the task head: the modules
             next to the adapted backbone that contain a linear layer, and a text classifier's pooler that was never
             trained. Embeddings, output layers of language models and parameters that are already frozen are excepted.
@@ -75,12 +84,18 @@ def add_lora(
         raise ValueError("Expected a model without LoRA layers but it has some already; add_lora adapts a model once.")
     modules = named_modules(model)
     targets = find_targets(modules, target_modules)
+    narrow: list[str] = []
+    if target_modules == ALL_LINEAR:
+        in_full = match_modules("modules_to_save", modules, modules_to_save or [])
+        targets, narrow = _wide_targets(modules, targets, in_full, rank)
     require_untied_weights(model, targets)
     if dropout:
         _require_no_attention(modules, targets)
     ranks = _match_ranks(rank_pattern or {}, targets, rank)
     if modules_to_save is None:
-        trained = head_parameters(modules, targets)
+        # A model that consists of adapted layers only needs no head.
+        whole = set(targets) >= {name for name, module in modules.items() if is_linear(module)}
+        trained = {} if whole and target_modules == ALL_LINEAR else head_parameters(modules, targets)
     else:
         head = match_modules("modules_to_save", modules, modules_to_save)
         trained = named_head_parameters(modules, head, targets)
@@ -104,10 +119,24 @@ def add_lora(
         except ValueError as error:
             raise ValueError(f"Cannot adapt {name}. {error}") from error
 
+    if narrow:
+        warnings.warn(
+            f"La-LoRA: not adapted, because they are narrower than rank {rank}: {', '.join(narrow)}.", stacklevel=2
+        )
     for remark in remarks(modules, targets, target_modules, dropout):
         warnings.warn(f"La-LoRA: {remark}", stacklevel=2)
     insert_layers(model, adapted, trained.values())
     return summarize(model)
+
+
+def _wide_targets(
+    modules: Mapping[str, nn.Module], targets: Targets, in_full: Iterable[str], rank: int
+) -> tuple[Targets, list[str]]:
+    """Return the targets outside of the modules that are trained in full, and apart the names of too narrow ones."""
+    inside = tuple(f"{name}." for name in in_full)
+    outside = {name: slices for name, slices in targets.items() if not f"{name}.".startswith(inside)}
+    narrow = [name for name in outside if min(linear_shape(modules[name])) < rank]
+    return {name: slices for name, slices in outside.items() if name not in narrow}, narrow
 
 
 def _require_no_attention(modules: Mapping[str, nn.Module], targets: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ from lalora_lightning.adapters.inspection import is_metric, linear_layers_seen, 
 from lalora_lightning.layers import is_linear
 from lalora_lightning.names import common_prefix, parent_name
 
-__all__ = ["find_head", "head_parameters", "named_head_parameters", "output_layers"]
+__all__ = ["find_head", "head_modules", "head_parameters", "named_head_parameters", "output_layers"]
 
 
 def find_head(model: nn.Module, targets: Iterable[str]) -> set[str]:
@@ -66,7 +66,7 @@ def head_parameters(modules: Mapping[str, nn.Module], targets: Iterable[str]) ->
     pretrained |= {id(modules[name].weight) for name in outputs}
     return {
         f"{name}.{key}": p
-        for name in _find_head_modules(modules, targets, outputs)
+        for name in head_modules(modules, targets, outputs)
         for key, p in named_parameters(modules[name])
         if p.requires_grad and id(p) not in pretrained
     }
@@ -91,13 +91,21 @@ def named_head_parameters(
     return {f"{name}.{key}": p for name in head for key, p in named_parameters(modules[name])}
 
 
-def _find_head_modules(modules: Mapping[str, nn.Module], targets: Iterable[str], outputs: set[str]) -> list[str]:
-    """Find the modules next to the adapted backbone that contain a linear layer.
+def head_modules(modules: Mapping[str, nn.Module], targets: Iterable[str], outputs: set[str]) -> list[str]:
+    """Return the names of the modules next to the adapted backbone that contain a linear layer.
 
     The search starts at the root and descends through the modules that contain all targets. It stops at the first one
     with a trainable child that has a linear layer but no target. Frozen children, such as a teacher, are skipped. If
     all of them are frozen, or if the model ends in the output layer of a language model, nothing is trained in full.
     A pooler of a text classifier that was never trained belongs to the head, too.
+
+    Args:
+        modules: All modules of the model by name.
+        targets: Names of the adapted modules.
+        outputs: Names of the output layers of language models.
+
+    Raises:
+        ValueError: No head was found.
     """
     targets = list(targets)
     paths = [name.split(".") for name in targets]

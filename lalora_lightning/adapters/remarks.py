@@ -11,7 +11,7 @@ from torch import nn
 
 from lalora_lightning.adapters.fused import interleaved_projections
 from lalora_lightning.adapters.inspection import expert_parameters
-from lalora_lightning.adapters.targets import Targets
+from lalora_lightning.adapters.targets import ALL_LINEAR, Targets
 from lalora_lightning.names import parent_name
 
 __all__ = ["remarks", "weight_readers"]
@@ -40,7 +40,8 @@ def remarks(
             f"The adapters' dropout has no effect in {_listed(readers)}: {_kind(modules, readers)} reads the weight of "
             "its projection and does not call it."
         )
-    if target_modules is not None and (experts := expert_parameters(modules, target_modules)):
+    wanted = ".*" if target_modules == ALL_LINEAR else target_modules
+    if wanted is not None and (experts := expert_parameters(modules, wanted)):
         yield (
             f"Not adapted, because only linear modules can be: {_listed(experts)}. target_modules matches these "
             "weights too, but they are 3-D parameters, as in mixtures of experts."

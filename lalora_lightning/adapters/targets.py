@@ -1,4 +1,4 @@
-"""Finding the layers to adapt: query and value projections, or the layers that ``target_modules`` names."""
+"""Finding the layers to adapt: query and value, all linear layers, or those that ``target_modules`` names."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,11 +6,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from lalora_lightning.adapters.fused import interleaved_projections
+from lalora_lightning.adapters.head import head_modules, output_layers
 from lalora_lightning.adapters.inspection import expert_parameters, is_metric, linear_layers_seen
 from lalora_lightning.layers import IN_PROJ, is_linear, linear_shape
-from lalora_lightning.names import state_name
+from lalora_lightning.names import parent_name, state_name
 
-__all__ = ["FUSED_NAMES", "QUERY_VALUE_NAMES", "Targets", "find_targets", "match_modules", "require_untied_weights"]
+__all__ = [
+    "ALL_LINEAR",
+    "FUSED_NAMES",
+    "QUERY_VALUE_NAMES",
+    "Targets",
+    "find_targets",
+    "match_modules",
+    "require_untied_weights",
+]
+
+ALL_LINEAR = "all-linear"
+"""Value of ``target_modules`` for all linear layers of the backbone, the word that PEFT uses, too."""
 
 Targets = dict[str, list[tuple[int, int]] | None]
 """Names of linear modules, with the adapted slices of their outputs; None for the whole output."""
@@ -52,6 +64,8 @@ def find_targets(modules: Mapping[str, nn.Module], target_modules: Sequence[str]
                 "Expected to find query and value projections by the usual names but found none; name the layers to "
                 f"adapt with target_modules. {linear_layers_seen(modules)}"
             )
+    elif target_modules == ALL_LINEAR:
+        targets = _all_linear(modules)
     else:
         matched = match_modules("target_modules", modules, target_modules)
         wrong = [f"{name} ({type(modules[name]).__name__})" for name in matched if not is_linear(modules[name])]
@@ -122,21 +136,69 @@ def _among_what_is_trained(modules: Mapping[str, nn.Module], targets: Iterable[s
 def _query_and_value(modules: Mapping[str, nn.Module]) -> Targets:
     targets: Targets = {}
     for name in [name for name, module in modules.items() if is_linear(module)]:
-        prefix, _, child = name.rpartition(".")
-        if child in FUSED_NAMES or (child == IN_PROJ and isinstance(modules[prefix], nn.MultiheadAttention)):
-            out_features, in_features = linear_shape(modules[name])
+        child = name.rpartition(".")[2]
+        if _is_fused(modules, name):
             # Other proportions mean something else: GPT-2's cross-attention fuses key and value only. Where the width
             # of a hierarchical model changes, the outputs are wider than the inputs (Hiera, MViT).
-            if out_features % (3 * in_features) == 0:
-                third = out_features // 3
-                targets[name] = [(0, third), (2 * third, 3 * third)]
-        elif any(child in pair and _has_linear(modules[prefix], pair) for pair in QUERY_VALUE_NAMES):
+            if thirds := _thirds(modules[name]):
+                targets[name] = [thirds[0], thirds[2]]
+        elif any(child in pair and _has_linear(modules[parent_name(name)], pair) for pair in QUERY_VALUE_NAMES):
             targets[name] = None
+    return _without_slices_across_heads(modules, targets)
+
+
+def _all_linear(modules: Mapping[str, nn.Module]) -> Targets:
+    """Return all linear layers of the backbone: without the task head and the output layers of language models."""
+    outputs = output_layers(modules)
+    linear = [name for name, module in modules.items() if is_linear(module) and name not in outputs]
+    in_blocks = _query_and_value(modules) or _in_repeated_blocks(linear)
+    head = _head_beside(modules, _among_what_is_trained(modules, in_blocks), outputs)
+    backbone = [name for name in linear if not any(f"{name}.".startswith(f"{module}.") for module in head)]
+    targets = {name: _thirds(modules[name]) if _is_fused(modules, name) else None for name in backbone}
+    if not targets:
+        raise ValueError(f"Expected a backbone with linear layers but found none. {linear_layers_seen(modules)}")
+    return _without_slices_across_heads(modules, targets)
+
+
+def _head_beside(modules: Mapping[str, nn.Module], blocks: Iterable[str], outputs: set[str]) -> list[str]:
+    """Return the modules of the task head, beside the layers of the blocks; none if the model has no head."""
+    if not blocks:
+        return []
+    try:
+        return head_modules(modules, blocks, outputs)
+    except ValueError:
+        return []
+
+
+def _in_repeated_blocks(names: Iterable[str]) -> list[str]:
+    """Return the names that occur in several blocks, such as ``blocks.0.mlp.fc1``; not those of a Sequential."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        if re.search(r"\.\d+\..", name):
+            kinds.setdefault(re.sub(r"\.\d+", ".*", name), []).append(name)
+    return [name for members in kinds.values() if len(members) > 1 for name in members]
+
+
+def _is_fused(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Return whether a linear layer has the name of a fused query, key and value projection."""
+    prefix, _, child = name.rpartition(".")
+    return child in FUSED_NAMES or (child == IN_PROJ and isinstance(modules[prefix], nn.MultiheadAttention))
+
+
+def _thirds(layer: nn.Module) -> list[tuple[int, int]] | None:
+    """Return the slices of query, key and value; None if the output does not consist of three equal parts."""
+    out_features, in_features = linear_shape(layer)
+    if out_features % (3 * in_features) != 0:
+        return None
+    third = out_features // 3
+    return [(0, third), (third, 2 * third), (2 * third, 3 * third)]
+
+
+def _without_slices_across_heads(modules: Mapping[str, nn.Module], targets: Targets) -> Targets:
+    """Return the targets, with fused projections that are ordered head by head as a whole."""
     fused = [name for name, slices in targets.items() if slices is not None]
-    for name, interleaved in interleaved_projections(modules, fused).items():
-        if interleaved:
-            targets[name] = None
-    return targets
+    interleaved = interleaved_projections(modules, fused)
+    return {name: None if interleaved.get(name) else slices for name, slices in targets.items()}
 
 
 def _has_linear(parent: nn.Module, names: Iterable[str]) -> bool:
