@@ -13,6 +13,7 @@ __all__ = [
     "is_quantized",
     "keep_plain_format",
     "linear_device",
+    "linear_dtype",
     "linear_parameter",
     "linear_shape",
     "linear_weight",
@@ -104,6 +105,14 @@ def linear_device(module: nn.Module) -> torch.device | str:
     """Return the device that a linear module computes on; accelerate moves an offloaded weight there for each call."""
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     return linear_parameter(module).device if device is None else torch.device(device)
+
+
+def linear_dtype(module: nn.Module) -> torch.dtype:
+    """Return the data type of :func:`linear_weight`, without dequantizing the weight."""
+    weight: Any = linear_parameter(module)
+    if weight.is_floating_point():
+        return weight.dtype
+    return weight.quant_state.dtype if is_4bit(module) else torch.float32
 
 
 def linear_weight(module: nn.Module) -> Tensor:

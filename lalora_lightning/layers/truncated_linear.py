@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lalora_lightning.initialization import FACTORIZATIONS, Init
 from lalora_lightning.layers import state_hooks
+from lalora_lightning.layers.adapted_weight import weight_on_use
 from lalora_lightning.layers.factors import LowRankFactors
 from lalora_lightning.layers.kernels import TruncatedLoRAFunction, add_adapter, is_transformed, truncated_lora
 from lalora_lightning.layers.linear_kinds import (
@@ -164,10 +165,14 @@ class TruncatedLoRALinear(LowRankFactors):
 
     @property
     def weight(self) -> Tensor:
-        """The adapted weight ``(m, d)``, computed in float32 or wider and cast once.
+        """The adapted weight ``(m, d)``, for code that reads the weight of a layer instead of calling the layer.
 
-        It is meant for code that reads the weight of a layer instead of calling the layer.
+        It is computed by the first operation that uses it. Shape, data type and device take no computation.
         """
+        return self.base_weight if self.merged else weight_on_use(self)
+
+    def adapted_weight(self) -> Tensor:
+        """Compute the adapted weight ``(m, d)`` in float32 or wider, and cast it once."""
         base_weight = self.base_weight
         if self.merged:
             return base_weight
@@ -293,7 +298,7 @@ class TruncatedLoRALinear(LowRankFactors):
                 f"{type(self.base_layer).__name__} with a parametrization, pruning, offloading or a forward of its "
                 "own, which would ignore the merged weight; remove that first, or keep the adapter unmerged."
             )
-        merged = self.weight
+        merged = self.adapted_weight()
         if not torch.isfinite(merged).all():
             raise ValueError(f"Expected the merged weight to be finite in {merged.dtype} but it has NaN or Inf.")
         self._unmerged_weight = self.base_weight.clone()
