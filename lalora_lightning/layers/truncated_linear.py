@@ -288,15 +288,17 @@ class TruncatedLoRALinear(LowRankFactors):
             raise RuntimeError("Expected an unmerged layer but it is merged already; call unmerge() first.")
         if is_quantized(self.base_layer):
             raise TypeError(
-                f"Expected a weight in floating point but got a quantized one ({type(self.base_layer).__name__}), "
+                f"Expected a weight in floating point but got a quantized one ({type(self.base_layer).__name__}, "
+                f"{type(self.base_layer.weight).__name__}), "
                 "where rounding would lose the adapter; get state = lora_state_dict(model), load the model without "
                 "quantization, call load_lora_state_dict(model, state) and merge that model."
             )
         if not uses_own_weight(self.base_layer):
             raise TypeError(
                 "Expected a base layer that computes with its own weight but got a "
-                f"{type(self.base_layer).__name__} with a parametrization, pruning, offloading or a forward of its "
-                "own, which would ignore the merged weight; remove that first, or keep the adapter unmerged."
+                f"{type(self.base_layer).__name__} with a parametrization, pruning, offloading, a weight of a special "
+                "kind or a forward of its own, which would ignore the merged weight; remove that first, or keep the "
+                "adapter unmerged."
             )
         merged = self.adapted_weight()
         if not torch.isfinite(merged).all():
