@@ -8,8 +8,9 @@ module.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from lalora_lightning.layers.fx_leaf import traced_call
 
 __all__ = ["IN_PROJ", "in_proj_of", "set_in_proj"]
 
@@ -39,10 +40,9 @@ class _AttentionWithInProj(nn.MultiheadAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Apply the attention with the adapted weight; arguments as in ``nn.MultiheadAttention``."""
-        proxy: Any = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.fx.Proxy)), None)
-        if proxy is not None:
-            # torch.fx does not trace torch's own attention either, but calls it as a whole.
-            return proxy.tracer.create_proxy("call_module", proxy.tracer.path_of_module(self), args, kwargs)
+        traced = traced_call(self, args, kwargs)
+        if traced is not None:
+            return traced
         # nn.Module.__setattr__ would register the weight of a merged layer as a parameter.
         object.__setattr__(self, "_adapted_weight", self.in_proj.weight)
         try:

@@ -12,6 +12,7 @@ from lalora_lightning.initialization import FACTORIZATIONS, Init
 from lalora_lightning.layers import state_hooks
 from lalora_lightning.layers.adapted_weight import weight_on_use
 from lalora_lightning.layers.factors import LowRankFactors
+from lalora_lightning.layers.fx_leaf import traced_call
 from lalora_lightning.layers.kernels import TruncatedLoRAFunction, add_adapter, is_transformed, truncated_lora
 from lalora_lightning.layers.linear_kinds import (
     is_linear,
@@ -222,7 +223,10 @@ class TruncatedLoRALinear(LowRankFactors):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _call_base_layer(self, x: Tensor) -> Tensor:
-        """Call the base layer and add the adapter in plain autograd."""
+        """Call the base layer and add the adapter in plain autograd. ``torch.fx`` records one call of the layer."""
+        traced = traced_call(self, (x,), {})
+        if traced is not None:
+            return traced
         out = self.base_layer(x)
         if self.merged:
             return out
