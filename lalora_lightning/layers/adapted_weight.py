@@ -20,8 +20,8 @@ __all__ = ["AdaptedWeight", "weight_on_use"]
 def weight_on_use(layer: Any) -> Tensor:
     """Return the adapted weight ``(m, d)`` of an unmerged layer, computed when it is used.
 
-    It is computed at once for sharded parameters, for base weights that are tensor subclasses, and while torch traces,
-    compiles or transforms a function.
+    It is computed at once for sharded parameters and other tensor subclasses that are not quantized, and while torch
+    traces, compiles or transforms a function.
 
     Args:
         layer: A :class:`lalora_lightning.TruncatedLoRALinear`.
