@@ -59,6 +59,7 @@ class AdaptedWeight(Tensor):
     """
 
     _layer: Any
+    _rank_mask: Tensor
     _computed: Tensor | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -86,12 +87,21 @@ class AdaptedWeight(Tensor):
         )
         # Extensions that look for memory raise an error then, instead of reading from a null pointer.
         torch._C._set_throw_on_mutable_data_ptr(weight)
-        weight._layer, weight._computed = layer, None
+        weight._layer, weight._rank_mask, weight._computed = layer, layer.rank_mask, None
         return weight
 
     def computed(self) -> Tensor:
-        """Return the weight as a plain tensor without a graph, as it was when it was first used."""
+        """Return the weight as a plain tensor without a graph, as it was when it was first used.
+
+        Raises:
+            RuntimeError: The rank changed since the weight was read, so its gradients would be those of another rank.
+        """
         if self._computed is None:
+            if self.requires_grad and self._layer.rank_mask is not self._rank_mask:
+                raise RuntimeError(
+                    "Expected the rank to stay the same until the weight of a layer is used but it was changed after "
+                    "the weight was read; read layer.weight again."
+                )
             with torch.inference_mode(False), torch.no_grad():
                 self._computed = self._layer.adapted_weight()
         return self._computed

@@ -215,6 +215,19 @@ def test_a_merged_layer_returns_its_base_weight():
     assert layer.weight is layer.base_layer.weight
 
 
+def test_a_rank_that_changes_before_the_weight_is_used_is_an_error():
+    """The value would be that of the new rank, and the gradients those of the old one."""
+    layer = adapted()
+    weight = layer.weight
+    layer.set_rank(1)
+    with pytest.raises(RuntimeError, match="changed|modified"):
+        weight.sum().backward()
+    with torch.no_grad():
+        weight = layer.weight
+        layer.set_rank(2)
+        assert torch.equal(weight, layer.weight)
+
+
 class Reader(nn.Module):
     """Casts to the type of one projection, and reads the weight of the other."""
 
