@@ -13,6 +13,7 @@ __all__ = [
     "is_quantized",
     "keep_plain_format",
     "linear_device",
+    "linear_dtype",
     "linear_parameter",
     "linear_shape",
     "linear_weight",
@@ -65,8 +66,8 @@ def is_4bit(module: nn.Module) -> bool:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Return whether a module is a 4-bit or 8-bit linear layer of bitsandbytes."""
-    return is_4bit(module) or _is_from_bitsandbytes(module, "Linear8bitLt")
+    """Return whether a module is a 4-bit or 8-bit layer of bitsandbytes, or has a weight that dequantizes itself."""
+    return is_4bit(module) or _is_from_bitsandbytes(module, "Linear8bitLt") or _dequantizes_itself(module)
 
 
 def keep_plain_format(module: Any) -> None:
@@ -96,7 +97,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 def linear_parameter(module: nn.Module) -> Tensor:
     """Return the weight of a linear module as it is stored; a quantized weight consists of packed integers."""
     weight = module.weight
-    assert isinstance(weight, Tensor)
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"Expected a linear layer whose weight is a tensor but that of {type(module).__name__} is a "
+            f"{type(weight).__name__}; adapt the model before it is packed."
+        )
     return weight
 
 
@@ -106,12 +111,25 @@ def linear_device(module: nn.Module) -> torch.device | str:
     return linear_parameter(module).device if device is None else torch.device(device)
 
 
+def linear_dtype(module: nn.Module) -> torch.dtype:
+    """Return the data type of :func:`linear_weight`, without dequantizing the weight."""
+    weight: Any = linear_parameter(module)
+    if weight.is_floating_point():
+        return weight.dtype
+    return weight.quant_state.dtype if is_4bit(module) else torch.float32
+
+
 def linear_weight(module: nn.Module) -> Tensor:
     """Return the weight of a linear module as ``(m, d)``: a transposed view for ``Conv1D``, a copy if quantized.
 
     bitsandbytes quantizes a layer when it is moved to its device. Before that, this is the original weight.
+
+    Raises:
+        TypeError: The weight is quantized in a way that is not known.
     """
     weight = linear_parameter(module)
+    if _dequantizes_itself(module):
+        return weight.dequantize()
     if not weight.is_floating_point():
         return _dequantized(module)
     return weight.T if is_conv1d(module) else weight
@@ -123,7 +141,19 @@ def num_entries(parameter: Tensor) -> int:
     return parameter.numel() * (2 if packed else 1)
 
 
+def _dequantizes_itself(module: nn.Module) -> bool:
+    """Return whether the weight is a tensor subclass for quantized values, as those of torchao and quanto."""
+    kind = type(module._parameters.get("weight"))
+    return issubclass(kind, Tensor) and kind.dequantize is not Tensor.dequantize
+
+
 def _dequantized(module: Any) -> Tensor:
+    if not is_quantized(module):
+        raise TypeError(
+            "Expected a weight in floating point, one of bitsandbytes or a tensor with dequantize() but got a "
+            f"{type(module).__name__} with a weight in {module.weight.dtype}; call the layer instead of reading its "
+            "weight, and choose an initialization that does not need it."
+        )
     from bitsandbytes import functional
 
     if is_4bit(module):

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lalora_lightning.layers.fx_leaf import traced_call
+
 __all__ = ["IN_PROJ", "in_proj_of", "set_in_proj"]
 
 IN_PROJ = "in_proj"
@@ -38,6 +40,9 @@ class _AttentionWithInProj(nn.MultiheadAttention):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         """Apply the attention with the adapted weight; arguments as in ``nn.MultiheadAttention``."""
+        traced = traced_call(self, args, kwargs)
+        if traced is not None:
+            return traced
         # nn.Module.__setattr__ would register the weight of a merged layer as a parameter.
         object.__setattr__(self, "_adapted_weight", self.in_proj.weight)
         try:

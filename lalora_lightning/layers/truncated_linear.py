@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from lalora_lightning.initialization import FACTORIZATIONS, Init
 from lalora_lightning.layers import state_hooks
+from lalora_lightning.layers.adapted_weight import weight_on_use
 from lalora_lightning.layers.factors import LowRankFactors
+from lalora_lightning.layers.fx_leaf import traced_call
 from lalora_lightning.layers.kernels import TruncatedLoRAFunction, add_adapter, is_transformed, truncated_lora
 from lalora_lightning.layers.linear_kinds import (
     is_linear,
@@ -167,10 +169,14 @@ class TruncatedLoRALinear(LowRankFactors):
 
     @property
     def weight(self) -> Tensor:
-        """The adapted weight ``(m, d)``, computed in float32 or wider and cast once.
+        """The adapted weight ``(m, d)``, for code that reads the weight of a layer instead of calling the layer.
 
-        It is meant for code that reads the weight of a layer instead of calling the layer.
+        It is computed by the first operation that uses it. Shape, data type and device take no computation.
         """
+        return self.base_weight if self.merged else weight_on_use(self)
+
+    def adapted_weight(self) -> Tensor:
+        """Compute the adapted weight ``(m, d)`` in float32 or wider, and cast it once."""
         base_weight = self.base_weight
         if self.merged:
             return base_weight
@@ -220,7 +226,10 @@ class TruncatedLoRALinear(LowRankFactors):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _call_base_layer(self, x: Tensor) -> Tensor:
-        """Call the base layer and add the adapter in plain autograd."""
+        """Call the base layer and add the adapter in plain autograd. ``torch.fx`` records one call of the layer."""
+        traced = traced_call(self, (x,), {})
+        if traced is not None:
+            return traced
         out = self.base_layer(x)
         if self.merged:
             return out
@@ -280,17 +289,19 @@ class TruncatedLoRALinear(LowRankFactors):
             raise RuntimeError("Expected an unmerged layer but it is merged already; call unmerge() first.")
         if is_quantized(self.base_layer):
             raise TypeError(
-                f"Expected a weight in floating point but got a quantized one ({type(self.base_layer).__name__}), "
+                f"Expected a weight in floating point but got a quantized one ({type(self.base_layer).__name__}, "
+                f"{type(self.base_layer.weight).__name__}), "
                 "where rounding would lose the adapter; get state = lora_state_dict(model), load the model without "
                 "quantization, call load_lora_state_dict(model, state) and merge that model."
             )
         if not uses_own_weight(self.base_layer):
             raise TypeError(
                 "Expected a base layer that computes with its own weight but got a "
-                f"{type(self.base_layer).__name__} with a parametrization, pruning, offloading or a forward of its "
-                "own, which would ignore the merged weight; remove that first, or keep the adapter unmerged."
+                f"{type(self.base_layer).__name__} with a parametrization, pruning, offloading, a weight of a special "
+                "kind or a forward of its own, which would ignore the merged weight; remove that first, or keep the "
+                "adapter unmerged."
             )
-        merged = self.weight
+        merged = self.adapted_weight()
         if not torch.isfinite(merged).all():
             raise ValueError(f"Expected the merged weight to be finite in {merged.dtype} but it has NaN or Inf.")
         self._unmerged_weight = self.base_weight.clone()

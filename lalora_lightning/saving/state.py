@@ -75,6 +75,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | os.P
         state = _read(state)
     model = unwrapped(model)
     state = _without_root(model, replace_ranks(_by_name(state)))
+    _require_finite_factors(state)
     if lora_layers(model):
         require_matching_state(model, state)
     else:
@@ -144,6 +145,17 @@ def _without_root(model: nn.Module, state: Mapping[str, Any]) -> Mapping[str, An
     if not prefix or not any(name in modules for name in layers):
         return state
     return {str(key).removeprefix(prefix): value for key, value in state.items()}
+
+
+def _require_finite_factors(state: Mapping[str, Any]) -> None:
+    """Check the factors, also beyond the rank: infinity times the mask's zero is NaN, so every output would be NaN."""
+    factors = {key: value for key, value in state.items() if key.rpartition(".")[2] in ("lora_A", "lora_B")}
+    wrong = [key for key, value in factors.items() if isinstance(value, Tensor) and not torch.isfinite(value).all()]
+    if wrong:
+        raise ValueError(
+            f"{_CANNOT_LOAD}: expected finite factors but {', '.join(wrong)} contain NaN or Inf; take a checkpoint "
+            "from before the run diverged."
+        )
 
 
 def _quantization_keys(model: nn.Module, state: Mapping[str, Any]) -> set[str]:

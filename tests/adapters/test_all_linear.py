@@ -112,9 +112,9 @@ def test_models_that_peft_does_not_know():
     assert trained_in_full(torchs) == {"heads.head"}
 
     # Without query and value, the blocks are what is repeated.
-    mixer = timm.create_model("mixer_s32_224", img_size=32, num_blocks=2, embed_dim=16, num_classes=3)
+    mixer = timm.create_model("mixer_s32_224", img_size=64, num_classes=3)
     add_lora(mixer, rank=2, target_modules="all-linear")
-    assert len(lora_layers(mixer)) == 8
+    assert len(lora_layers(mixer)) == 8 * 4
     assert trained_in_full(mixer) == {"head"}
 
     # Swin's attention orders query, key and value one after the other, TinyViT's head by head.
@@ -158,8 +158,11 @@ def test_a_model_without_linear_layers():
         add_lora(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()), target_modules="all-linear")
 
 
-def test_a_model_of_one_layer():
-    """A model whose only linear layer is its root."""
-    wrapper = nn.Sequential(nn.Linear(4, 4))
-    add_lora(wrapper, rank=2, target_modules="all-linear")
-    assert isinstance(wrapper[0], TruncatedLoRALinear)
+def test_a_model_without_a_head():
+    llama = transformers.LlamaModel(transformers.LlamaConfig(**TEXT))
+    add_lora(llama, rank=2, target_modules="all-linear")
+    assert len(lora_layers(llama)) == 2 * 7
+    assert trained_in_full(llama) == set()
+    layer = nn.Sequential(nn.Linear(4, 4))
+    add_lora(layer, rank=2, target_modules="all-linear")
+    assert isinstance(layer[0], TruncatedLoRALinear)

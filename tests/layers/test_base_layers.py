@@ -220,6 +220,18 @@ def test_tracing(training: bool):
     torch.testing.assert_close(graph(2 * X), expected(layer, 2 * X))
 
 
+@pytest.mark.parametrize("out_slices", [None, [(0, 3), (5, 8)]])
+@pytest.mark.parametrize("base", [nn.Linear, OwnForward])
+def test_torch_fx_calls_the_layer_as_a_whole(base: type[nn.Linear], out_slices: list | None):
+    """As it does with nn.Linear; a graph follows later changes of the rank."""
+    layer = adapted(base(6, 8), out_slices=out_slices)
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.LayerNorm(6), layer))
+    assert [node.op for node in graph.graph.nodes] == ["placeholder", "call_module", "call_module", "output"]
+    for rank in (2, 1):
+        layer.set_rank(rank)
+        torch.testing.assert_close(graph(X), layer(F.layer_norm(X, (6,))))
+
+
 @pytest.mark.parametrize("settings", [{}, {"out_slices": [(0, 3), (5, 8)]}, {"dtype": torch.float64}])
 def test_second_derivatives(settings: dict):
     """A gradient penalty, against plain autograd."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import VisionTransformer
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from lalora_lightning import (
     RankAllocator,
@@ -178,3 +179,27 @@ def test_the_increment_is_multiplied_out_once_a_forward(training, monkeypatch):
     model["attention"](X, X, X)
     assert len(calls) == 1
     assert model["attention"]._adapted_weight is None
+
+
+def test_torch_fx_calls_the_attention_as_a_whole():
+    """As it does with torch's own; torchvision's feature extraction needs it."""
+    torch.manual_seed(0)
+    model = VisionTransformer(32, 16, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=3).eval()
+    names = get_graph_node_names(model)
+    add_lora(model, rank=2)
+    model.eval()
+    assert get_graph_node_names(model) == names
+    for layer in lora_layers(model).values():
+        nn.init.normal_(layer.lora_B)
+    images = torch.randn(2, 3, 32, 32)
+    extractor = create_feature_extractor(model, {"encoder": "features"})
+    factors = [layer.lora_B for layer in lora_layers(model).values()]
+    grads = []
+    for features in (extractor(images)["features"], model.encoder(patches(model, images))):
+        grads.append((features, *torch.autograd.grad(features.square().sum(), factors)))
+    for own, other in zip(*grads, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+def patches(model: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model.class_token.expand(len(images), -1, -1), model._process_input(images)], dim=1)

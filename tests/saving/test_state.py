@@ -394,3 +394,13 @@ def test_adapters_without_ranks_are_loaded_with_one_warning(adapted: TinyTransfo
     model.load_state_dict({**trainable, **buffers}, strict=False)
     assert not [w for w in recwarn if "La-LoRA" in str(w.message)]
     assert {int(layer.rank) for layer in lora_layers(model).values()} == {4}
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_factors_that_are_not_finite_are_refused(adapted: TinyTransformer, value: float):
+    """Also beyond the rank, where infinity times zero is NaN."""
+    state = {key: entry.clone() for key, entry in lora_state_dict(adapted).items()}
+    state["blocks.1.query.lora_A"][3] = value
+    state["blocks.1.query.rank_mask"][2:] = 0
+    with pytest.raises(ValueError, match=r"finite factors but blocks\.1\.query\.lora_A contain NaN or Inf"):
+        load_lora_state_dict(TinyTransformer(), state)
