@@ -7,7 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lalora_lightning.adapters import AdapterSummary, add_lora, lora_layers, merge_lora, trim_lora, unmerge_lora
+    from lalora_lightning.adapters import (
+        AdapterSummary,
+        Condensation,
+        add_lora,
+        condense_lora,
+        lora_layers,
+        merge_lora,
+        trim_lora,
+        unmerge_lora,
+    )
     from lalora_lightning.allocator import RankAllocator
     from lalora_lightning.callback import LaLoraCallback
     from lalora_lightning.layers import TruncatedLoRALinear
@@ -23,10 +32,12 @@ __version__ = "0.2.0.dev0"
 
 __all__ = [
     "AdapterSummary",
+    "Condensation",
     "LaLoraCallback",
     "RankAllocator",
     "TruncatedLoRALinear",
     "add_lora",
+    "condense_lora",
     "load_lora_state_dict",
     "load_peft_adapter",
     "lora_layers",

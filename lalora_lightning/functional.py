@@ -21,8 +21,10 @@ __all__ = [
     "contributions",
     "fidelities",
     "growth_rates",
+    "largest_components",
     "norms_by_rank",
     "relative_contributions",
+    "singular_factors",
     "sparsity",
     "truncated_norms",
     "update_budget",
@@ -65,36 +67,36 @@ def component_norms(factors: Tensor, dim: int) -> Tensor:
 
 
 def norms_by_rank(squares: Tensor) -> Tensor:
-    """Return the Frobenius norm of a factor truncated to rank 1, 2, ..., r.
+    """Return the Frobenius norm of a factor truncated to rank 0, 1, ..., r.
 
     Args:
         squares: ``(..., r)`` squared norm of each rank component.
 
     Returns:
-        ``(..., r)``; entry ``k`` is the norm of the first ``k + 1`` components.
+        ``(..., r + 1)``; entry ``k`` is the norm of the first ``k`` components.
 
     >>> norms_by_rank(torch.tensor([9.0, 16.0, 0.0]))
-    tensor([3., 5., 5.])
+    tensor([0., 3., 5., 5.])
     """
-    return squares.cumsum(-1).sqrt()
+    return torch.nn.functional.pad(squares.cumsum(-1).sqrt(), (1, 0))
 
 
 def truncated_norms(norms: Tensor, ranks: Tensor) -> Tensor:
     """Return the norms at the current rank, ``|A|_r'`` and ``|B|_r'``.
 
     Args:
-        norms: ``(2, L, K, r)`` from :func:`norms_by_rank`.
-        ranks: ``(L,)`` integers in [1, r].
+        norms: ``(2, L, K, r + 1)`` from :func:`norms_by_rank`.
+        ranks: ``(L,)`` integers in [0, r].
 
     Returns:
         ``(2, L, K)``.
     """
-    index = (ranks - 1).view(1, -1, 1, 1).expand(*norms.shape[:-1], 1)
+    index = ranks.view(1, -1, 1, 1).expand(*norms.shape[:-1], 1)
     return norms.gather(-1, index).squeeze(-1)
 
 
 def values(truncated: Tensor, ranks: Tensor) -> Tensor:
-    """Return the value of each layer: ``s_i = (1 / r'_i) * sum over matrices (|B|_r' + |A|_r')`` (Eq. 7).
+    """Return the value of each layer: ``s_i = (1 / r'_i) * sum over matrices (|B|_r' + |A|_r')`` (Eq. 7); 0 at rank 0.
 
     Args:
         truncated: ``(2, L, K)`` norms at the current rank.
@@ -106,7 +108,7 @@ def values(truncated: Tensor, ranks: Tensor) -> Tensor:
     >>> values(torch.tensor([[[3.0]], [[1.0]]]), torch.tensor([2]))
     tensor([2.])
     """
-    return truncated.sum((0, 2)) / ranks
+    return truncated.sum((0, 2)) / ranks.clamp(min=1)
 
 
 def growth_rates(value: Tensor, value_before: Tensor) -> Tensor:
@@ -195,39 +197,125 @@ def relative_contributions(contribution: Tensor, matrices: Tensor) -> Tensor:
     return (mean / mean.mean()).nan_to_num(nan=1.0)
 
 
-def allocate_ranks(contribution: Tensor, budget: Tensor, max_rank: int, temperature: float = 1.0) -> Tensor:
-    """Return whole ranks near ``share = softmax(c / temperature) * DCDPB``, each in [1, r] (Eq. 8).
+def allocate_ranks(
+    contribution: Tensor,
+    budget: Tensor,
+    max_rank: int,
+    temperature: float = 1.0,
+    *,
+    costs: Tensor | None = None,
+    min_rank: int = 1,
+) -> Tensor:
+    """Return whole ranks near ``share = softmax(c / temperature) * DCDPB / cost``, from min_rank to r (Eq. 8).
 
-    Every layer gets rank 1 and claims ``clamp(share - 1, 0, r - 1)`` more. The part of a share above the maximum ``r``
-    is not given to other layers (difference 3). If the claims add up to more than ``floor(budget) - L``, they are
-    scaled down to this sum (difference 4). Fractions are rounded by the largest-remainder method. Ties go to the layer
-    with the larger contribution, or else to the earlier layer.
+    Every layer gets the minimum rank and claims ``clamp(share - min_rank, 0, r - min_rank)`` more. The part of a share
+    above the maximum ``r`` is not given to other layers (difference 3). If the claims cost more than
+    ``floor(budget) - min_rank * L``, they are scaled down to this sum (difference 4). Fractions are rounded by the
+    largest-remainder method. Ties go to the layer with the larger contribution, or else to the earlier layer. With
+    equal costs and minimum rank 1, this is the published equation (difference 12).
 
     Args:
         contribution: ``(L,)``.
-        budget: Scalar in [L, r L].
+        budget: Scalar in [min_rank L, r L], a number of ranks of mean cost.
         max_rank: ``r``.
         temperature: Values above 1 flatten the shares, values below 1 sharpen them.
+        costs: ``(L,)`` what one rank of a layer costs, with mean 1; by default all ranks cost the same.
+        min_rank: Minimum rank, 0 or 1.
 
     Returns:
-        ``(L,)`` int64 with ``sum <= floor(budget)``.
+        ``(L,)`` int64 with ``sum(ranks * costs) <= floor(budget)``.
 
     >>> allocate_ranks(torch.log(torch.tensor([6.0, 3.0, 1.0])), torch.tensor(10.9), max_rank=4)
     tensor([4, 3, 1])
+
+    A rank of the first layer costs three times as much:
+
+    >>> allocate_ranks(torch.zeros(2), torch.tensor(6.0), max_rank=8, costs=torch.tensor([1.5, 0.5]))
+    tensor([2, 6])
     """
     layers = contribution.numel()
+    costs = torch.ones_like(contribution) if costs is None else costs
     # Descending, so that among layers with the same clamped claim the one that contributes more comes first.
     contribution, order = contribution.sort(descending=True, stable=True)
-    shares = (contribution / temperature).softmax(0) * budget
-    claims = (shares - 1).clamp(0, max_rank - 1)
-    available = budget.floor() - layers
-    claims = claims * (available / claims.sum().clamp(min=_ROUNDING_TOLERANCE)).clamp(max=1)
+    costs = costs[order]
+    shares = (contribution / temperature).softmax(0) * budget / costs
+    claims = (shares - min_rank).clamp(0, max_rank - min_rank)
+    available = budget.floor() - min_rank * layers
+    claims = claims * (available / (claims * costs).sum().clamp(min=_ROUNDING_TOLERANCE)).clamp(max=1)
     floors = claims.floor()
     remainders = claims - floors
-    # The sum should be an integer, but rounding errors can make it slightly smaller.
-    left = (remainders.sum() + _ROUNDING_TOLERANCE).floor()
+    # What is left after rounding down; with equal costs an integer, but for rounding errors.
+    left = (remainders * costs).sum() + _ROUNDING_TOLERANCE
     # The layers with the largest remainders are rounded up.
-    rounded_up = torch.arange(layers, device=budget.device) < left
     falling = remainders.argsort(descending=True, stable=True)
-    ranks = (1 + floors).index_add(0, falling, rounded_up.to(floors.dtype)).long()
+    rounded_up = costs[falling].cumsum(0) <= left
+    ranks = (min_rank + floors).index_add(0, falling, rounded_up.to(floors.dtype)).long()
     return ranks.index_copy(0, order, ranks)
+
+
+def singular_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return factors of the same product ``B A`` along its singular directions, in falling order (difference 13).
+
+    With ``B A = U S V^T``, the new factors are ``sqrt(S) V^T`` and ``U sqrt(S)``. They are computed from the QR
+    decompositions of both factors and the singular value decomposition of an ``r x r`` matrix. A component with the
+    singular value 0 gets a row of ``A`` with the mean norm of the given rows, so that it can learn.
+
+    Args:
+        A: ``(r, d)``, in float32 or wider.
+        B: ``(m, r)``.
+
+    Returns:
+        A ``(r, d)``, B ``(m, r)`` and the singular values ``(r,)``. Values that are zero up to rounding are zero.
+
+    >>> A, B, values = singular_factors(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.0, 5.0]]))
+    >>> values
+    tensor([5., 3.])
+    """
+    Q_A, R_A = torch.linalg.qr(A.mT)
+    Q_B, R_B = torch.linalg.qr(B)
+    U, values, V = torch.linalg.svd(R_B @ R_A.mT)
+    rounding = max(len(B), A.shape[1]) * torch.finfo(A.dtype).eps
+    values = torch.where(values > values[0] * rounding, values, 0.0)
+    norm = A.square().sum(1).mean().sqrt()
+    scale_A = torch.where(values > 0, values.sqrt(), norm)
+    return scale_A[:, None] * (V @ Q_A.mT), (Q_B @ U) * values.sqrt(), values
+
+
+def largest_components(
+    worth: Tensor,
+    costs: Tensor,
+    *,
+    parameters: float | None = None,
+    energy: float = 1.0,
+    min_rank: int = 1,
+) -> Tensor:
+    """Return how many leading components of each layer to keep, by worth per parameter (difference 13).
+
+    The components of all layers are taken in falling order of ``worth / cost``, until the parameters are used or the
+    share of the worth is reached. Components without worth are not taken. Every layer keeps ``min_rank`` components.
+
+    Args:
+        worth: ``(L, r)`` squared norm of each component, falling along the second dimension.
+        costs: ``(L,)`` parameters of one component.
+        parameters: Largest total of parameters; None to go by the energy.
+        energy: Share of the total worth to keep, in [0, 1].
+        min_rank: Components that every layer keeps.
+
+    Returns:
+        ``(L,)`` int64.
+
+    >>> largest_components(torch.tensor([[9.0, 1.0], [8.0, 6.0]]), torch.tensor([2, 1]), parameters=4)
+    tensor([1, 2])
+    """
+    worth, costs = worth.double(), costs.double()[:, None].expand_as(worth)
+    forced = torch.arange(worth.shape[1], device=worth.device) < min_rank
+    value = torch.where(forced, torch.inf, worth / costs).flatten()
+    order = value.argsort(descending=True, stable=True)
+    if parameters is not None:
+        fits = costs.flatten()[order].cumsum(0) <= parameters
+    else:
+        sums = worth.flatten()[order].cumsum(0)
+        # A component is needed if the earlier ones do not reach the share.
+        fits = sums - worth.flatten()[order] < energy * sums[-1]
+    kept = torch.zeros_like(value, dtype=torch.bool).index_copy(0, order, fits) & (value > 0)
+    return (kept.view_as(worth) | forced).sum(1)

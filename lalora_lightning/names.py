@@ -5,6 +5,7 @@ Does not import torch.
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
@@ -18,7 +19,7 @@ __all__ = [
     "state_name",
 ]
 
-GroupBy = Literal["block", "parent", "module"] | Callable[[str], str]
+GroupBy = Literal["block", "parent", "module", "kind"] | Callable[[str], str]
 
 WRAPPERS = ("_checkpoint_wrapped_module", "_orig_mod", "_fsdp_wrapped_module")
 """Attributes that hold the wrapped module: of ``checkpoint_wrapper``, ``torch.compile`` and FSDP."""
@@ -79,8 +80,9 @@ def group_names(names: Iterable[str], group_by: GroupBy = "block") -> dict[str, 
         group_by: ``"block"`` groups by the name up to the first index, so that a transformer block is a layer; an index
             that all names share is skipped. In hierarchical models, where the first index is that of a stage, it groups
             by the name up to the index of the block in the stage. ``"parent"`` groups by the parent module, so that an
-            attention module is a layer. With ``"module"``, every projection is a layer of its own. A function maps the
-            name of a projection to the name of its layer.
+            attention module is a layer. With ``"module"``, every projection is a layer of its own. With ``"kind"``,
+            the projections of one name in all blocks are a layer. A function maps the name of a projection to the name
+            of its layer.
 
     Returns:
         The names of each layer's projections, by the name of the layer.
@@ -92,6 +94,8 @@ def group_names(names: Iterable[str], group_by: GroupBy = "block") -> dict[str, 
     ['encoder.layer.0', 'encoder.layer.1']
     >>> list(group_names([f"stages.{stage}.blocks.{block}.attn.qkv" for stage in (0, 1) for block in (0, 1)]))
     ['stages.0.blocks.0', 'stages.0.blocks.1', 'stages.1.blocks.0', 'stages.1.blocks.1']
+    >>> group_names(["layer.0.query", "layer.0.value", "layer.1.query", "layer.1.value"], "kind")
+    {'layer.*.query': ['layer.0.query', 'layer.1.query'], 'layer.*.value': ['layer.0.value', 'layer.1.value']}
     """
     names = list(names)
     key: Callable[[str], str]
@@ -103,8 +107,12 @@ def group_names(names: Iterable[str], group_by: GroupBy = "block") -> dict[str, 
         key = parent_name
     elif group_by == "module":
         key = str
+    elif group_by == "kind":
+        key = _kind_name
     else:
-        raise ValueError(f'Expected group_by to be "block", "parent", "module" or a function but got {group_by!r}.')
+        raise ValueError(
+            f'Expected group_by to be "block", "parent", "module", "kind" or a function but got {group_by!r}.'
+        )
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(str(key(name)), []).append(name)
@@ -134,6 +142,15 @@ def _lists_of_blocks(names: Iterable[str]) -> set[tuple[str, ...]]:
             if part.isdigit() and sum(not inner.isdigit() for inner in parts[i + 1 :]) > 1:
                 indices.setdefault((parts[:i], parts[i + 1 :]), set()).add(part)
     return {_without_indices(prefix) for (prefix, _), found in indices.items() if len(found) > 1}
+
+
+def _kind_name(name: str) -> str:
+    """Return the name without the indices of blocks, also those of torchvision (``encoder_layer_0``).
+
+    An index at the end is that of a layer in a Sequential.
+    """
+    *parts, last = name.split(".")
+    return ".".join([*(re.sub(r"(^|_)\d+$", r"\1*", part) for part in parts), last])
 
 
 def _without_indices(parts: Iterable[str]) -> tuple[str, ...]:

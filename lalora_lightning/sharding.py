@@ -1,8 +1,10 @@
 """Parameters that are sharded over processes by FSDP2 (``fully_shard``)."""
 
+from typing import Any
+
 from torch import Tensor
 
-__all__ = ["gathered"]
+__all__ = ["gathered", "scatter_into"]
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -12,3 +14,17 @@ def gathered(tensor: Tensor) -> Tensor:
     """
     # A proxy of torch.fx has every attribute.
     return tensor.full_tensor() if isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor") else tensor
+
+
+def scatter_into(tensor: Any, value: Tensor) -> None:
+    """Write a full tensor into one that may be sharded, each process into its own shard.
+
+    Args:
+        tensor: The tensor to change in place.
+        value: The same full tensor on all processes.
+    """
+    if hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(tensor.dtype), tensor.device_mesh, tensor.placements, src_data_rank=None)
+    tensor.copy_(value)

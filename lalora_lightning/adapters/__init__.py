@@ -1,6 +1,7 @@
 """Adapting a model: finding targets and the task head; inserting, inspecting, merging and removing layers."""
 
 from lalora_lightning.adapters.adaptation import add_lora
+from lalora_lightning.adapters.condensing import Condensation, condense_lora
 from lalora_lightning.adapters.gradients import (
     GradientMonitor,
     disable_input_gradients,
@@ -28,9 +29,11 @@ from lalora_lightning.names import GroupBy, group_names
 __all__ = [
     "AdapterSettings",
     "AdapterSummary",
+    "Condensation",
     "GradientMonitor",
     "GroupBy",
     "add_lora",
+    "condense_lora",
     "disable_input_gradients",
     "enable_input_gradients",
     "find_head",

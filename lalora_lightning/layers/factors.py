@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from lalora_lightning import functional
 from lalora_lightning.initialization import FACTORIZATIONS, Init
 from lalora_lightning.layers.kernels import OutSlices
 from lalora_lightning.layers.rank_masks import rank_mask
@@ -121,13 +122,37 @@ class LowRankFactors(nn.Module):
         The mask is replaced and not changed, so a forward pass at the old rank can still be differentiated.
 
         Raises:
-            ValueError: The rank is not in [1, max_rank].
+            ValueError: The rank is not in [0, max_rank].
         """
-        if not 1 <= rank <= self.max_rank:
-            raise ValueError(f"Expected rank to be in [1, {self.max_rank}] but got {rank}.")
+        if not 0 <= rank <= self.max_rank:
+            raise ValueError(f"Expected rank to be in [0, {self.max_rank}] but got {rank}.")
         # A mask that was made in inference mode could not be used in training.
         with torch.inference_mode(False):
             self.rank_mask = rank_mask(rank, self.max_rank, self.rank_mask.device).to(self.rank_mask.dtype)
+
+    def singular_factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return factors of the same increment at the current rank, along its singular directions.
+
+        The decomposition is that of :func:`lalora_lightning.functional.singular_factors`, for each slice on its own, in
+        float32 or wider. A sharded adapter is gathered, so every process has to call this.
+
+        Returns:
+            A and B of the shapes of ``lora_A`` and ``lora_B``, and the singular values ``(slices, r)`` of ``B A``.
+
+        Raises:
+            ValueError: The layer has initial factors, whose product would have to be rewritten, too.
+        """
+        if self.start_A is not None:
+            raise ValueError(
+                f"Expected an adapter without initial factors but got one with init={self.init!r}; save it with "
+                "save_peft_adapter, which folds them in, and load that with load_peft_adapter."
+            )
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        A, B, mask = self._factors()
+        with torch.autocast(A.device.type, enabled=False):
+            parts = [functional.singular_factors(A_s.to(dtype), B_s.to(dtype) * mask) for A_s, B_s in self.split(A, B)]
+        new_A, new_B, values = zip(*parts, strict=True)
+        return torch.cat(new_A), torch.cat(new_B), torch.stack(values)
 
     def split(self, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Split tensors of the shapes of ``lora_A`` and ``lora_B`` by slice: ``[(A (r, d), B (m_s, r)), ...]``."""

@@ -25,7 +25,7 @@ def mask_problem(key: str, mask: Any) -> str | None:
         return None
     values = mask.float()
     # Comparisons with NaN are false.
-    if not (values[:1] > 0).all() or not ((values >= 0) & (values <= 1)).all() or not (values.diff() <= 0).all():
+    if not ((values >= 0) & (values <= 1)).all() or not (values.diff() <= 0).all():
         return f"expected {key} to fall from 1 to 0, as in [1, 1, 0, 0] for rank 2, but got {mask.tolist()}"
     return None
 
@@ -34,7 +34,7 @@ def replace_ranks(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state with a mask for each rank, which the states of version 0.1.0 contain instead.
 
     Raises:
-        ValueError: A rank is not a number from 1 to the maximum rank; the message lists all of them.
+        ValueError: A rank is not a number from 0 to the maximum rank; the message lists all of them.
     """
     state, problems = dict(state), []
     for key in [key for key in state if str(key).rpartition(".")[2] == "rank"]:
@@ -43,9 +43,9 @@ def replace_ranks(state: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(B, Tensor) or B.ndim != 2 or f"{prefix}rank_mask" in state:
             continue
         rank = state.pop(key)
-        if not isinstance(rank, Tensor) or rank.numel() != 1 or not (rank.is_meta or 1 <= rank <= B.shape[1]):
+        if not isinstance(rank, Tensor) or rank.numel() != 1 or not (rank.is_meta or 0 <= rank <= B.shape[1]):
             shown = rank.item() if isinstance(rank, Tensor) and rank.numel() == 1 else rank
-            problems.append(f"expected {key} to be in [1, {B.shape[1]}] but got {shown!r}")
+            problems.append(f"expected {key} to be in [0, {B.shape[1]}] but got {shown!r}")
             continue
         state[f"{prefix}rank_mask"] = rank_mask(rank.reshape(()), B.shape[1], rank.device)
     if problems:
