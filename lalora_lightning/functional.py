@@ -67,36 +67,36 @@ def component_norms(factors: Tensor, dim: int) -> Tensor:
 
 
 def norms_by_rank(squares: Tensor) -> Tensor:
-    """Return the Frobenius norm of a factor truncated to rank 0, 1, ..., r.
+    """Return the Frobenius norm of a factor truncated to rank 1, 2, ..., r.
 
     Args:
         squares: ``(..., r)`` squared norm of each rank component.
 
     Returns:
-        ``(..., r + 1)``; entry ``k`` is the norm of the first ``k`` components.
+        ``(..., r)``; entry ``k`` is the norm of the first ``k + 1`` components.
 
     >>> norms_by_rank(torch.tensor([9.0, 16.0, 0.0]))
-    tensor([0., 3., 5., 5.])
+    tensor([3., 5., 5.])
     """
-    return torch.nn.functional.pad(squares.cumsum(-1).sqrt(), (1, 0))
+    return squares.cumsum(-1).sqrt()
 
 
 def truncated_norms(norms: Tensor, ranks: Tensor) -> Tensor:
     """Return the norms at the current rank, ``|A|_r'`` and ``|B|_r'``.
 
     Args:
-        norms: ``(2, L, K, r + 1)`` from :func:`norms_by_rank`.
-        ranks: ``(L,)`` integers in [0, r].
+        norms: ``(2, L, K, r)`` from :func:`norms_by_rank`.
+        ranks: ``(L,)`` integers in [1, r].
 
     Returns:
         ``(2, L, K)``.
     """
-    index = ranks.view(1, -1, 1, 1).expand(*norms.shape[:-1], 1)
+    index = (ranks - 1).view(1, -1, 1, 1).expand(*norms.shape[:-1], 1)
     return norms.gather(-1, index).squeeze(-1)
 
 
 def values(truncated: Tensor, ranks: Tensor) -> Tensor:
-    """Return the value of each layer: ``s_i = (1 / r'_i) * sum over matrices (|B|_r' + |A|_r')`` (Eq. 7); 0 at rank 0.
+    """Return the value of each layer: ``s_i = (1 / r'_i) * sum over matrices (|B|_r' + |A|_r')`` (Eq. 7).
 
     Args:
         truncated: ``(2, L, K)`` norms at the current rank.
@@ -108,7 +108,7 @@ def values(truncated: Tensor, ranks: Tensor) -> Tensor:
     >>> values(torch.tensor([[[3.0]], [[1.0]]]), torch.tensor([2]))
     tensor([2.])
     """
-    return truncated.sum((0, 2)) / ranks.clamp(min=1)
+    return truncated.sum((0, 2)) / ranks
 
 
 def growth_rates(value: Tensor, value_before: Tensor) -> Tensor:
@@ -244,11 +244,12 @@ def allocate_ranks(
     claims = claims * (available / (claims * costs).sum().clamp(min=_ROUNDING_TOLERANCE)).clamp(max=1)
     floors = claims.floor()
     remainders = claims - floors
-    # What is left after rounding down; with equal costs an integer, but for rounding errors.
-    left = (remainders * costs).sum() + _ROUNDING_TOLERANCE
-    # The layers with the largest remainders are rounded up.
+    # What is left after rounding down goes to the layers with the largest remainders.
+    left = (remainders * costs).sum()
     falling = remainders.argsort(descending=True, stable=True)
-    rounded_up = costs[falling].cumsum(0) <= left
+    next_costs = costs[falling]
+    # With equal costs an integer is left, but rounding errors can make it slightly smaller.
+    rounded_up = next_costs.cumsum(0) <= left + _ROUNDING_TOLERANCE * next_costs
     ranks = (min_rank + floors).index_add(0, falling, rounded_up.to(floors.dtype)).long()
     return ranks.index_copy(0, order, ranks)
 

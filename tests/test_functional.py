@@ -153,6 +153,58 @@ def test_ranks_stay_in_bounds_and_budget(values: list[float], max_rank: int, fil
     assert ranks.sum() <= math.floor(budget)
 
 
+def allocation_of_0_1_0(contribution: Tensor, budget: Tensor, max_rank: int, temperature: float) -> Tensor:
+    """The function of version 0.1.0, which knew no costs."""
+    layers = contribution.numel()
+    contribution, order = contribution.sort(descending=True, stable=True)
+    shares = (contribution / temperature).softmax(0) * budget
+    claims = (shares - 1).clamp(0, max_rank - 1)
+    available = budget.floor() - layers
+    claims = claims * (available / claims.sum().clamp(min=1e-3)).clamp(max=1)
+    floors = claims.floor()
+    remainders = claims - floors
+    left = (remainders.sum() + 1e-3).floor()
+    rounded_up = torch.arange(layers, device=budget.device) < left
+    falling = remainders.argsort(descending=True, stable=True)
+    ranks = (1 + floors).index_add(0, falling, rounded_up.to(floors.dtype)).long()
+    return ranks.index_copy(0, order, ranks)
+
+
+@given(contributions, st.integers(1, 64), st.floats(0, 1), st.floats(0.1, 10))
+@settings(max_examples=500, deadline=None)
+def test_equal_costs_give_the_ranks_of_0_1_0(values: list[float], max_rank: int, fill: float, temperature: float):
+    contribution = torch.tensor(values)
+    budget = torch.tensor(len(values) * (1 + fill * (max_rank - 1)))
+    expected = allocation_of_0_1_0(contribution, budget, max_rank, temperature)
+    costs = torch.ones(len(values))
+    for settings_ in ({}, {"costs": costs}):
+        ranks = functional.allocate_ranks(contribution, budget, max_rank, temperature, **settings_)
+        assert torch.equal(ranks, expected)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-5, 5, width=32), st.integers(1, 10**6)), min_size=1, max_size=96),
+    st.integers(1, 64),
+    st.floats(0, 1),
+    st.sampled_from([0, 1]),
+)
+@settings(max_examples=500, deadline=None)
+def test_ranks_of_any_costs_stay_in_bounds_and_budget(
+    layers: list[tuple[float, int]], max_rank: int, fill: float, min_rank: int
+):
+    contribution = torch.tensor([value for value, _ in layers])
+    costs = torch.tensor([float(cost) for _, cost in layers], dtype=torch.float64)
+    costs = (costs / costs.mean()).float()
+    budget = torch.tensor(len(layers) * (1 + fill * (max_rank - 1)))
+    ranks = functional.allocate_ranks(contribution, budget, max_rank, costs=costs, min_rank=min_rank)
+    assert ranks.min() >= min_rank
+    assert ranks.max() <= max_rank
+    assert (ranks * costs.double()).sum() <= math.floor(budget) * (1 + 1e-5) + 1e-3
+    # What is left does not buy a rank for the layer that was next.
+    shares = contribution.softmax(0) * budget / costs
+    assert (ranks <= (shares.clamp(min=min_rank) + 1)).all()
+
+
 @given(st.integers(1, 96), st.integers(1, 64), st.floats(0, 1), st.floats(0, 20))
 @settings(max_examples=300, deadline=None)
 def test_equal_contributions_get_equal_ranks_up_to_rounding(layers: int, max_rank: int, fill: float, value: float):
@@ -202,3 +254,62 @@ def test_budget_stays_in_its_bounds(budget: float, growth: list[float], gamma: f
     layers = len(growth)
     new = functional.update_budget(torch.tensor(budget), torch.tensor(growth), gamma, layers, layers * max_rank)
     assert layers <= new <= layers * max_rank
+
+
+@given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 40), st.integers(0, 8), st.randoms())
+@settings(max_examples=200, deadline=None)
+def test_singular_factors_have_the_same_product_and_the_singular_values(r: int, m: int, d: int, true_rank: int, random):
+    r, true_rank = min(r, m, d), min(true_rank, r, m, d)
+    generator = torch.Generator().manual_seed(random.randrange(2**31))
+    A = torch.randn(r, d, generator=generator, dtype=torch.float64)
+    B = torch.randn(m, r, generator=generator, dtype=torch.float64)
+    B[:, true_rank:] = 0
+    new_A, new_B, values = functional.singular_factors(A, B)
+    torch.testing.assert_close(new_B @ new_A, B @ A)
+    expected = torch.linalg.svdvals(B @ A)[:r]
+    torch.testing.assert_close(values, expected, atol=1e-9, rtol=1e-9)
+    # Falling components, each with the same norm in both factors; those without worth can learn.
+    assert (values.diff() <= 0).all()
+    torch.testing.assert_close(new_B.norm(dim=0), values.sqrt(), atol=1e-7, rtol=1e-7)
+    assert (values[true_rank:] == 0).all()
+    assert (new_A.norm(dim=1) > 0).all()
+    gram = new_A @ new_A.T
+    torch.testing.assert_close(gram, gram.diag().diag(), atol=1e-7, rtol=1e-7)
+
+
+worths = st.lists(
+    st.tuples(st.lists(st.floats(0, 100), min_size=5, max_size=5), st.integers(1, 1000)), min_size=1, max_size=20
+)
+
+
+@given(worths, st.floats(0, 1), st.sampled_from([0, 1]))
+@settings(max_examples=300, deadline=None)
+def test_the_largest_components_fit_and_nothing_better_is_left_out(layers: list, fill: float, min_rank: int):
+    worth = torch.tensor([sorted(values, reverse=True) for values, _ in layers], dtype=torch.float64)
+    costs = torch.tensor([cost for _, cost in layers])
+    least, most = min_rank * int(costs.sum()), 5 * int(costs.sum())
+    parameters = least + fill * (most - least)
+    ranks = functional.largest_components(worth, costs, parameters=parameters, min_rank=min_rank)
+    assert (ranks * costs).sum() <= parameters
+    assert ranks.min() >= min_rank
+    ratio = worth / costs[:, None]
+    kept = torch.arange(5) < ranks[:, None]
+    chosen = kept & (torch.arange(5) >= min_rank)
+    if chosen.any() and not kept.all():
+        assert ratio[chosen].min() >= ratio[~kept].max()
+        assert ratio[chosen].min() > 0
+
+
+@given(worths, st.floats(0.01, 1))
+@settings(max_examples=300, deadline=None)
+def test_a_share_of_the_energy_is_reached_and_not_exceeded_by_a_component(layers: list, energy: float):
+    worth = torch.tensor([sorted(values, reverse=True) for values, _ in layers], dtype=torch.float64)
+    costs = torch.tensor([cost for _, cost in layers])
+    ranks = functional.largest_components(worth, costs, energy=energy, min_rank=0)
+    kept = torch.arange(5) < ranks[:, None]
+    total = worth.sum()
+    assert worth[kept].sum() >= energy * total * (1 - 1e-12)
+    if kept.any():
+        ratio = torch.where(kept, worth / costs[:, None], torch.inf)
+        least = ratio.min()
+        assert (worth[kept & (ratio > least)]).sum() < energy * total

@@ -1,7 +1,7 @@
 """Adapting a model: finding targets and the task head; inserting, inspecting, merging and removing layers."""
 
 from lalora_lightning.adapters.adaptation import add_lora
-from lalora_lightning.adapters.condensing import Condensation, condense_lora
+from lalora_lightning.adapters.condensing import Condensation, component_costs, condense_layers, condense_lora
 from lalora_lightning.adapters.gradients import (
     GradientMonitor,
     disable_input_gradients,
@@ -33,6 +33,8 @@ __all__ = [
     "GradientMonitor",
     "GroupBy",
     "add_lora",
+    "component_costs",
+    "condense_layers",
     "condense_lora",
     "disable_input_gradients",
     "enable_input_gradients",

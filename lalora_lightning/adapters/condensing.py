@@ -14,7 +14,7 @@ from lalora_lightning.layers import TruncatedLoRALinear
 from lalora_lightning.names import GroupBy, group_names
 from lalora_lightning.sharding import scatter_into
 
-__all__ = ["Condensation", "condense_lora"]
+__all__ = ["Condensation", "component_costs", "condense_layers", "condense_lora"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Condensation:
         )
 
 
-@torch.no_grad()
 def condense_lora(
     model: nn.Module,
     average_rank: float | None = None,
@@ -93,8 +92,21 @@ def condense_lora(
     layers = require_lora_layers(model)
     require_unmerged(layers)
     groups = group_names(layers, group_by)
-    costs = torch.tensor([sum(_cost(layers[name]) for name in names) for names in groups.values()])
-    limit = _require_size(costs, average_rank, parameters, energy, min_rank)
+    size = {"average_rank": average_rank, "parameters": parameters, "energy": energy}
+    return condense_layers(layers, groups, size, min_rank, agree)
+
+
+@torch.no_grad()
+def condense_layers(
+    layers: Mapping[str, TruncatedLoRALinear],
+    groups: Mapping[str, Sequence[str]],
+    size: Mapping[str, float | None],
+    min_rank: int,
+    agree: Callable[[Tensor], None] | None,
+) -> Condensation:
+    """Condense layers by name in these groups; see :func:`condense_lora`, which has the arguments in ``size``, too."""
+    costs = component_costs(layers, groups)
+    limit = _require_size(costs, size, min_rank)
     factors = {name: _singular_factors(name, layer) for name, layer in layers.items()}
     if agree is not None:
         for tensors in factors.values():
@@ -105,7 +117,9 @@ def condense_lora(
     worths = [_worth(layers, values, names).cpu() for names in groups.values()]
     longest = max(map(len, worths))
     worth = torch.stack([F.pad(each, (0, longest - len(each))) for each in worths])
-    counts = functional.largest_components(worth, costs, parameters=limit, energy=energy or 1.0, min_rank=min_rank)
+    counts = functional.largest_components(
+        worth, costs, parameters=limit, energy=size.get("energy") or 1.0, min_rank=min_rank
+    )
 
     ranks = dict(zip(groups, counts.tolist(), strict=True))
     before = {group: max(int(layers[name].rank) for name in names) for group, names in groups.items()}
@@ -128,17 +142,25 @@ def condense_lora(
     )
 
 
+def component_costs(layers: Mapping[str, TruncatedLoRALinear], groups: Mapping[str, Sequence[str]]) -> Tensor:
+    """Return the parameters of one component of each layer, the sum of ``m + d`` over its matrices, as ``(L,)`` int64.
+
+    Args:
+        layers: Projections by name.
+        groups: Names of the projections of each layer.
+    """
+    return torch.tensor([sum(_cost(layers[name]) for name in names) for names in groups.values()])
+
+
 def _cost(layer: TruncatedLoRALinear) -> int:
     """Return the parameters of one component of all slices."""
     return layer.lora_A.shape[1] * len(layer.out_slices) + layer.lora_B.shape[0]
 
 
-def _require_size(
-    costs: Tensor, average_rank: float | None, parameters: int | None, energy: float | None, min_rank: int
-) -> float | None:
+def _require_size(costs: Tensor, size: Mapping[str, float | None], min_rank: int) -> float | None:
     """Check the size to condense to, and return it as a number of parameters; None if it is a share of the energy."""
-    sizes = {"average_rank": average_rank, "parameters": parameters, "energy": energy}
-    given = [name for name, value in sizes.items() if value is not None]
+    average_rank, parameters, energy = (size.get(name) for name in ("average_rank", "parameters", "energy"))
+    given = [name for name, value in size.items() if value is not None]
     if len(given) != 1:
         raise ValueError(
             f"Expected one of average_rank, parameters and energy but got {' and '.join(given) or 'none of them'}."

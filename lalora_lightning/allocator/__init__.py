@@ -2,6 +2,7 @@
 
 from lalora_lightning.allocator.allocator import RankAllocator
 from lalora_lightning.allocator.broadcasts import leave_masks_out_of_broadcasts
+from lalora_lightning.allocator.optimizer_state import reset_optimizer_state
 from lalora_lightning.allocator.settings import AllocationSettings, Contribution, ContributionScale, Growth
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "Growth",
     "RankAllocator",
     "leave_masks_out_of_broadcasts",
+    "reset_optimizer_state",
 ]

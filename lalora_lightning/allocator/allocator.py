@@ -1,16 +1,26 @@
 """RankAllocator: computes ranks from the norms of the rank components and writes them into the layers."""
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lalora_lightning import functional
-from lalora_lightning.adapters import lora_layers, require_lora_layers, require_unmerged
+from lalora_lightning.adapters import (
+    Condensation,
+    component_costs,
+    condense_layers,
+    lora_layers,
+    require_lora_layers,
+    require_unmerged,
+)
 from lalora_lightning.allocator.broadcasts import leave_masks_out_of_broadcasts
 from lalora_lightning.allocator.checks import require_allocatable_layers, require_matching_allocator_state
 from lalora_lightning.allocator.component_norms import ComponentNorms
+from lalora_lightning.allocator.optimizer_state import reset_optimizer_state
 from lalora_lightning.allocator.settings import AllocationSettings, Contribution, ContributionScale, Growth
 from lalora_lightning.names import GroupBy, group_names
 
@@ -55,6 +65,7 @@ class RankAllocator:
         fidelity: With False, contributions do not contain the fidelities (Table 11).
         average_rank: The maximum of the budget is ``average_rank * L``; by default it is ``max_rank * L``.
         group_by: Which projections share a rank, see :func:`lalora_lightning.names.group_names`.
+        min_rank: Minimum rank of a layer, 1 or 0.
         interval: Update the ranks at every ``interval``-th call of :meth:`step`.
         freeze_after: Number of calls of :meth:`step` after which ranks and budget stay fixed.
 
@@ -62,8 +73,10 @@ class RankAllocator:
         settings: The arguments as :class:`lalora_lightning.allocator.AllocationSettings`.
         layer_names: Name of each layer, in the order of ``ranks``.
         max_rank: Maximum rank of a layer.
+        costs: ``(L,)`` parameters of one rank of each layer, divided by their mean (difference 12 in docs/method.md).
         ranks: ``(L,)`` int64, the current ranks.
-        budget: Scalar in [L, average_rank * L].
+        budget: Scalar in [L, average_rank * L], a number of ranks of mean cost.
+        condensed: Whether :meth:`condense` was called.
         steps: Calls of :meth:`step` so far.
         skipped: Scalar int64, number of steps without an update because a norm was not finite.
         contributions: ``(L,)`` contributions in the last update (Eq. 9); NaN before the first update.
@@ -88,6 +101,7 @@ class RankAllocator:
         fidelity: bool = True,
         average_rank: float | None = None,
         group_by: GroupBy = "block",
+        min_rank: int = 1,
         interval: int = 1,
         freeze_after: int | None = None,
     ) -> None:
@@ -101,6 +115,7 @@ class RankAllocator:
             fidelity=fidelity,
             average_rank=average_rank,
             group_by=group_by,
+            min_rank=min_rank,
             interval=interval,
             freeze_after=freeze_after,
         )
@@ -117,9 +132,10 @@ class RankAllocator:
         self.layer_names = list(groups)
         self.min_budget = float(len(groups))
         self.max_budget = float(len(groups) * (self.max_rank if average_rank is None else average_rank))
-        self.steps = 0
+        self.steps, self.condensed = 0, False
 
         # Sorted by layer, like `layer_names`.
+        self._layers, self._groups = layers, groups
         self._projections = [layers[name] for names in groups.values() for name in names]
         self._norms = ComponentNorms(groups, layers)
         device = self._projections[0].lora_A.device
@@ -127,11 +143,18 @@ class RankAllocator:
         self._layer_of = torch.tensor(layer_of, device=device)
         self._components = torch.arange(self.max_rank, device=device)
         self._masks = torch.empty(len(self._projections), self.max_rank, dtype=torch.float32, device=device)
+        costs = component_costs(layers, groups).double()
+        self.costs = (costs / costs.mean()).to(device, torch.float32)
         # Not the default type, which cannot count a large budget if it is bfloat16.
         budget = self.min_budget if gradual_budget else self.max_budget
         self.budget = torch.tensor(budget, dtype=torch.float32, device=device)
         even = torch.zeros(len(groups), dtype=torch.float32, device=device)
-        self.ranks = functional.allocate_ranks(even, self.budget, self.max_rank)
+        if gradual_budget:
+            self.ranks = torch.ones_like(even, dtype=torch.long)
+        else:
+            self.ranks = functional.allocate_ranks(
+                even, self.budget, self.max_rank, costs=self.costs, min_rank=min_rank
+            )
         self.skipped = torch.zeros((), dtype=torch.long, device=device)
         self.contributions = self.growth_rates = torch.full_like(even, math.nan)
         squares = self._norms.of_parameters()
@@ -174,16 +197,25 @@ class RankAllocator:
         if self.frozen or self.steps % self.settings.interval:
             return
         norms = functional.norms_by_rank(self._norms.of_parameters())
-        truncated = functional.truncated_norms(norms, self.ranks)
-        value = functional.values(truncated, self.ranks)
+        measured = self._measured(self.ranks)
+        truncated = functional.truncated_norms(norms, measured)
+        value = functional.values(truncated, measured)
         self.growth_rates = functional.growth_rates(value, self._value)
         self.contributions = self._compute_contributions(norms, truncated)
         budget = functional.update_budget(
             self.budget, self.growth_rates, self.settings.gamma, self.min_budget, self.max_budget
         )
-        ranks = functional.allocate_ranks(self.contributions, budget, self.max_rank, self.settings.temperature)
+        ranks = functional.allocate_ranks(
+            self.contributions,
+            budget,
+            self.max_rank,
+            self.settings.temperature,
+            costs=self.costs,
+            min_rank=self.settings.min_rank,
+        )
         if self.settings.growth == "matched":
-            value = functional.values(functional.truncated_norms(norms, ranks), ranks)
+            measured = self._measured(ranks)
+            value = functional.values(functional.truncated_norms(norms, measured), measured)
 
         # The norms at full rank include every component and are not negative, so any NaN or Inf shows in their sum.
         finite = norms[..., -1].sum() < math.inf
@@ -208,7 +240,8 @@ class RankAllocator:
     @property
     def frozen(self) -> bool:
         """Whether the ranks stay fixed from now on."""
-        return self.settings.freeze_after is not None and self.steps > self.settings.freeze_after
+        past = self.settings.freeze_after is not None and self.steps > self.settings.freeze_after
+        return self.condensed or past
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a run needs to resume, as tensors and plain types."""
@@ -217,6 +250,7 @@ class RankAllocator:
             "layer_names": list(self.layer_names),
             "max_rank": self.max_rank,
             "steps": self.steps,
+            "condensed": self.condensed,
             "ranks": self.ranks.clone(),
             "budget": self.budget.clone(),
             "value": self._value.clone(),
@@ -233,7 +267,7 @@ class RankAllocator:
         """
         require_matching_allocator_state(state, self.state_dict(), self.settings.contribution)
         device = self._layer_of.device
-        self.steps = state["steps"]
+        self.steps, self.condensed = state["steps"], bool(state.get("condensed", False))
         self.ranks, self.budget, self.skipped, self._value = (
             state[key].to(device, copy=True) for key in ("ranks", "budget", "skipped", "value")
         )
@@ -242,10 +276,41 @@ class RankAllocator:
             self._observed = True
         self._write()
 
+    def condense(
+        self,
+        average_rank: float,
+        optimizers: Iterable[Optimizer] = (),
+        agree: Callable[[Tensor], None] | None = None,
+    ) -> Condensation:
+        """Condense the adapters once, and keep their ranks from now on; see :func:`lalora_lightning.condense_lora`.
+
+        Args:
+            average_rank: As many parameters as LoRA with this rank on the same projections.
+            optimizers: Optimizers of the adapters, whose state for them is reset.
+            agree: Called with each tensor of results, to make it the same on all processes.
+
+        Returns:
+            A summary to print.
+
+        Raises:
+            ValueError: ``average_rank`` is out of range, or an adapter cannot be condensed. Nothing is changed.
+        """
+        size = {"average_rank": average_rank}
+        condensation = condense_layers(self._layers, self._groups, size, self.settings.min_rank, agree)
+        for optimizer in optimizers:
+            reset_optimizer_state(optimizer, [p for layer in self._projections for p in (layer.lora_A, layer.lora_B)])
+        self.condensed = True
+        self._follow_model()
+        return condensation
+
+    def _measured(self, ranks: Tensor) -> Tensor:
+        """Return the ranks at which layers are measured; a layer of rank 0 is measured at rank 1."""
+        return ranks.clamp(min=1) if self.settings.min_rank == 0 else ranks
+
     def _compute_contributions(self, norms: Tensor, truncated: Tensor) -> Tensor:
         if self._fisher is not None:
             norms = functional.norms_by_rank(self._fisher)
-            truncated = functional.truncated_norms(norms, self.ranks)
+            truncated = functional.truncated_norms(norms, self._measured(self.ranks))
         if self.settings.fidelity:
             fidelity = functional.fidelities(truncated, norms[..., -1])
         else:
@@ -276,11 +341,11 @@ class RankAllocator:
         self._norms.to(device)
         # Projections that share a rank may have got different ones.
         found = torch.stack(masks).count_nonzero(1)
-        ranks = torch.ones_like(self.ranks).scatter_reduce(0, self._layer_of, found, "amax")
+        ranks = torch.zeros_like(self.ranks).scatter_reduce(0, self._layer_of, found, "amax")
         changed = (found != self.ranks[self._layer_of]).any()
         self.ranks = torch.where(changed, ranks, self.ranks)
         if self.settings.gradual_budget:
-            budget = ranks.sum().float().clamp(self.min_budget, self.max_budget)
+            budget = (ranks * self.costs).sum().clamp(self.min_budget, self.max_budget)
             self.budget = torch.where(changed, budget, self.budget)
         self._value = torch.zeros_like(self._value) if replaced else torch.where(changed, 0.0, self._value)
         self._write()

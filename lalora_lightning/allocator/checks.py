@@ -77,7 +77,8 @@ def _structural_problems(state: Any, own: Mapping[str, Any], contribution: str) 
     """Return the problems with keys, layers, maximum rank and kind of contribution."""
     if not isinstance(state, Mapping):
         return [f"expected a dict but got {type(state).__name__}"]
-    missing = sorted(own.keys() - state.keys())
+    # States of version 0.1.0 do not have it.
+    missing = sorted(own.keys() - state.keys() - {"condensed"})
     if missing:
         return [f"expected the keys {', '.join(own)} but {', '.join(missing)} are missing"]
     problems = []
@@ -117,8 +118,8 @@ def _value_problems(state: Mapping[str, Any], own: Mapping[str, Any]) -> list[st
     """Return the values of ranks, budget and averages that are out of range."""
     problems = []
     layers, max_rank = len(own["layer_names"]), own["max_rank"]
-    if not (state["ranks"].min() >= 1 and state["ranks"].max() <= max_rank):
-        problems.append(f"expected ranks in [1, {max_rank}] but got {state['ranks'].tolist()}")
+    if not (state["ranks"].min() >= 0 and state["ranks"].max() <= max_rank):
+        problems.append(f"expected ranks in [0, {max_rank}] but got {state['ranks'].tolist()}")
     # A budget above this allocator's maximum comes from a run with another average_rank; the next step corrects it.
     if not layers <= state["budget"] <= layers * max_rank:
         problems.append(

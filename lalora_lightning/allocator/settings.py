@@ -36,6 +36,7 @@ class AllocationSettings:
         fidelity: With False, contributions do not contain the fidelities (Table 11).
         average_rank: The maximum of the budget is ``average_rank * L``; by default it is ``max_rank * L``.
         group_by: Which projections share a rank, see :func:`lalora_lightning.names.group_names`.
+        min_rank: Minimum rank of a layer, 1 as in the paper, or 0.
         interval: Update the ranks at every ``interval``-th step.
         freeze_after: Number of steps after which ranks and budget stay fixed.
 
@@ -52,6 +53,7 @@ class AllocationSettings:
     fidelity: bool = True
     average_rank: float | None = None
     group_by: GroupBy = "block"
+    min_rank: int = 1
     interval: int = 1
     freeze_after: int | float | None = None
 
@@ -74,6 +76,8 @@ class AllocationSettings:
         # Division by smaller numbers could overflow in float32, and one layer would get the whole budget anyway.
         if not 1e-6 <= self.temperature < math.inf:
             raise ValueError(f"Expected temperature to be finite and at least 1e-6 but got {self.temperature}.")
+        if self.min_rank not in (0, 1):
+            raise ValueError(f"Expected min_rank to be 0 or 1 but got {self.min_rank!r}.")
         if not isinstance(self.interval, int) or self.interval < 1:
             raise ValueError(f"Expected interval to be an integer of at least 1 but got {self.interval}.")
         if self.freeze_after is not None and not self.freeze_after >= 0:

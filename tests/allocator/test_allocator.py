@@ -203,9 +203,51 @@ def test_layers_of_unequal_shapes_and_numbers_of_matrices():
         nn.init.zeros_(layer.lora_A)
         for k in range(4):
             layer.lora_A.data[k, k] = layer.lora_B.data[k, k] = 1.0
-    allocator = RankAllocator(model, gamma=0.0, average_rank=3, gradual_budget=False)
+    allocator = RankAllocator(model, gamma=0.0)
     allocator.step()
-    assert allocator.ranks.tolist() == [3, 3]
+    assert allocator.contributions.tolist() == [1, 1]
+
+
+def test_a_rank_costs_its_parameters():
+    """Two matrices of 8 x 8 cost 32 a rank, four of 12 x 12 cost 96: half and one and a half of the mean."""
+    model = nn.ModuleList(
+        nn.ModuleDict({name: TruncatedLoRALinear(nn.Linear(width, width), rank=8) for name in names})
+        for names, width in (("qv", 8), ("qvko", 12))
+    )
+    allocator = RankAllocator(model, average_rank=3, gradual_budget=False)
+    assert allocator.costs.tolist() == [0.5, 1.5]
+    # Budget 6, 3 for each layer: ranks 3 / 0.5 and 3 / 1.5.
+    assert allocator.ranks.tolist() == [6, 2]
+    # As many parameters as rank 3 everywhere.
+    assert 6 * 32 + 2 * 96 == 3 * (32 + 96)
+    # A gradual budget begins with rank 1 for every layer.
+    assert RankAllocator(model).read() == ([1, 1], 2.0, 0)
+    # The budget of a loaded state is in ranks of mean cost.
+    model[0]["q"].set_rank(5)
+    model[0]["v"].set_rank(5)
+    allocator = RankAllocator(model)
+    for layer, rank in zip(lora_layers(model).values(), (5, 5, 2, 2, 2, 2), strict=True):
+        layer.set_rank(rank)
+    assert allocator.read() == ([5, 2], 5 * 0.5 + 2 * 1.5, 0)
+
+
+def test_a_layer_may_end_with_nothing():
+    """Worked by hand: contributions far apart, no growth, budget 3."""
+    model = Projections(([1.0] * 4, [30.0] * 4), ([1.0] * 4, [0.0] * 4), ([1.0] * 4, [0.0] * 4))
+    allocator = RankAllocator(model, gamma=0.0, min_rank=0)
+    assert allocator.ranks.tolist() == [1, 1, 1]
+    allocator.step()
+    # f_A = 1 / 2 and f_B = 1 / 2 in layer 0: c = 30 / 2 + 1 / 2 = 15.5; the others: f_B = 1, c = 0 / 2 + 1 = 1.
+    # Relative to the mean 5.833: 2.657 and 0.171; softmax 0.857 and 0.0714; shares 2.571, 0.214, 0.214 of 3.
+    # Rounded down 2, 0, 0; the one rank that is left goes to the largest remainder.
+    assert allocator.ranks.tolist() == [3, 0, 0] == model.ranks()
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(model.blocks[1](x), model.blocks[1].base_layer(x))
+    # It is measured at rank 1 and comes back when others contribute less.
+    model.set(0, [1.0] * 4, [0.0] * 4)
+    allocator.step()
+    assert allocator.growth_rates.isfinite().all()
+    assert allocator.ranks.tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
