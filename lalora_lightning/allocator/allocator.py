@@ -1,7 +1,7 @@
 """RankAllocator: computes ranks from the norms of the rank components and writes them into the layers."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -231,11 +231,29 @@ class RankAllocator:
 
     def read(self) -> tuple[list[int], float, int]:
         """Copy ranks, budget and the number of skipped steps from the device, in one transfer."""
+        rows, skipped = self.read_steps([])
+        return *rows[-1], skipped
+
+    def read_steps(self, earlier: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[tuple[list[int], float]], int]:
+        """Copy ranks and budgets of several steps and the number of skipped steps from the device, in one transfer.
+
+        Args:
+            earlier: ``ranks`` and ``budget`` as they were after earlier steps.
+
+        Returns:
+            Ranks and budget of each of them and of the present, and the number of skipped steps.
+        """
         self._follow_model()
-        *ranks, budget, skipped = torch.cat(
-            [self.ranks.float(), self.budget.float().view(1), self.skipped.float().view(1)]
-        ).tolist()
-        return [int(rank) for rank in ranks], budget, int(skipped)
+        steps = [*earlier, (self.ranks, self.budget)]
+        ranks = torch.stack([ranks for ranks, _ in steps]).double()
+        budgets = torch.stack([budget for _, budget in steps]).double()
+        values = torch.cat([ranks.flatten(), budgets, self.skipped.double().view(1)]).tolist()
+        layers = len(self.layer_names)
+        rows = [
+            ([int(rank) for rank in values[i * layers : (i + 1) * layers]], values[len(steps) * layers + i])
+            for i in range(len(steps))
+        ]
+        return rows, int(values[-1])
 
     @property
     def frozen(self) -> bool:

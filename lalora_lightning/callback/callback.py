@@ -33,7 +33,8 @@ from lalora_lightning.allocator import (
 from lalora_lightning.callback import compatibility
 from lalora_lightning.callback.checkpoint_hooks import AdapterCheckpoints
 from lalora_lightning.callback.checks import LearningChecks
-from lalora_lightning.callback.history import Reading, record_reading
+from lalora_lightning.callback.condensing import CondensingSchedule, steps_of
+from lalora_lightning.callback.history import MAX_LOGGED, PendingReadings, Reading, record_reading, thinned
 from lalora_lightning.callback.loggers import RunLog, costs
 from lalora_lightning.callback.precision import keep_adapters_in_float32, warn_about_half_precision
 from lalora_lightning.callback.pruning import leave_adapters_unpruned, require_unpruned_adapters
@@ -87,8 +88,9 @@ class LaLoraCallback(AdapterCheckpoints):
         gradual_budget: With False, the whole budget is available from the first step.
         fidelity: With False, contributions do not contain the fidelities.
         average_rank: The maximum of the budget, in ranks per layer; by default the maximum rank.
-        group_by: Projections that share a rank: "block", "parent" (an attention module), "module", or a function from
-            the name of a projection to the name of its layer.
+        group_by: Projections that share a rank: "block", "parent" (an attention module), "module", "kind" (of one name
+            in all blocks), or a function from the name of a projection to the name of its layer.
+        min_rank: Minimum rank of a layer: 1, or 0 to let a layer end with nothing.
         interval: Optimizer steps between rank updates.
         freeze_after: Number of optimizer steps (an integer) or fraction of the run (a float in [0, 1]) after which the
             ranks stay fixed.
@@ -99,15 +101,20 @@ class LaLoraCallback(AdapterCheckpoints):
         init: Initialization of the adapters, see :func:`lalora_lightning.add_lora`.
         use_rslora: Scale by ``alpha / sqrt(rank)``.
         freeze_A: Train ``lora_B`` only (LoRA-FA).
+        condense_to: Condense the adapters once in the run, to as many parameters as LoRA with this average rank, and
+            keep their ranks from then on; see :func:`lalora_lightning.condense_lora`.
+        condense_at: Number of optimizer steps (an integer) or fraction of the run (a float in (0, 1]) after which to
+            condense.
         fixed_ranks: True trains every layer at the maximum rank (LoRA). A dict such as ``{"layer.3": 2}`` sets other
             fixed ranks, see ``rank_pattern`` of :func:`lalora_lightning.add_lora`. Fixed ranks are neither updated nor
-            logged.
+            logged, unless they are condensed.
 
     Attributes:
         adapter_settings: The arguments for :func:`lalora_lightning.add_lora`.
         allocation_settings: The arguments for the :class:`RankAllocator`.
         allocator: The :class:`RankAllocator`; None before fit, or with fixed ranks.
-        history: ``(step, ranks, budget)`` at each logging step.
+        history: ``(step, ranks, budget)`` of the optimizer steps until the last logging step. In long runs, steps that
+            changed no rank are left out.
 
     Raises:
         ValueError: An argument is out of range.
@@ -137,6 +144,9 @@ class LaLoraCallback(AdapterCheckpoints):
         use_rslora: bool = False,
         freeze_A: bool = False,
         fixed_ranks: bool | Mapping[str, int] = False,
+        min_rank: int = 1,
+        condense_to: float | None = None,
+        condense_at: int | float = 0.7,
     ) -> None:
         super().__init__(save_adapter_only)
         self.adapter_settings = AdapterSettings(
@@ -160,6 +170,7 @@ class LaLoraCallback(AdapterCheckpoints):
             fidelity=fidelity,
             average_rank=average_rank,
             group_by=group_by,
+            min_rank=min_rank,
             interval=interval,
             freeze_after=freeze_after,
         )
@@ -167,6 +178,12 @@ class LaLoraCallback(AdapterCheckpoints):
             raise ValueError(
                 f"Expected freeze_after to be a number of steps (an integer) or a fraction in [0, 1] but got "
                 f"{freeze_after}."
+            )
+        self.condensing = CondensingSchedule(condense_to, condense_at)
+        if condense_to is not None and isinstance(fixed_ranks, Mapping):
+            raise ValueError(
+                "Expected projections of one maximum rank with condense_to but fixed_ranks sets others; use "
+                "fixed_ranks=True."
             )
         self.log_sparsity = log_sparsity
         self.fixed_ranks = fixed_ranks
@@ -181,6 +198,7 @@ class LaLoraCallback(AdapterCheckpoints):
         self._last_step: int | None = None
         # The allocator's steps before the current Trainer's first one.
         self._earlier_steps = 0
+        self._pending = PendingReadings()
         # Number of steps with NaN or Inf that have already been reported.
         self._skipped = 0
         # The state that was loaded before the allocator was built.
@@ -210,7 +228,9 @@ class LaLoraCallback(AdapterCheckpoints):
         self.attach_hooks(trainer, pl_module)
         keep_adapters_in_float32(trainer)
         if stage == "fit":
-            compatibility.require_compatible_averages(compatibility.callbacks_of(trainer), self.save_adapter_only)
+            compatibility.require_compatible_averages(
+                compatibility.callbacks_of(trainer), self.save_adapter_only, self.condensing.average_rank is not None
+            )
             leave_adapters_unpruned(compatibility.callbacks_of(trainer), self.save_adapter_only)
             self._log.prepare(trainer)
 
@@ -235,22 +255,24 @@ class LaLoraCallback(AdapterCheckpoints):
             "save_adapter_only": self.save_adapter_only,
             "log_sparsity": self.log_sparsity,
             "fixed_ranks": self.fixed_ranks,
+            "condense_to": self.condensing.average_rank,
+            "condense_at": self.condensing.at,
         }
         self._log.settings(trainer, pl_module, settings)
         if self.allocator is not None and not self.allocator.drives(pl_module):
             self._forget()
-        if self.fixed_ranks is not False:
-            if trainer.ckpt_path is None:
-                for layer in layers.values():
-                    layer.set_rank(layer.max_rank)
-        elif self.allocator is None:
-            new_run = trainer.ckpt_path is None and self._restored is None
-            if new_run and any(layer.is_trained() for layer in layers.values()):
+        new_run = trainer.ckpt_path is None and self._restored is None
+        if self.allocator is None and (self.fixed_ranks is False or self.condensing.average_rank is not None):
+            trained_before = self.fixed_ranks is False and new_run
+            if trained_before and any(layer.is_trained() for layer in layers.values()):
                 rank_zero_warn(
                     "La-LoRA: the adapters have been trained already, and their ranks are reset; resume with "
                     "fit(ckpt_path=...) to continue with the ranks of a run, or keep them with fixed_ranks."
                 )
             self.allocator = RankAllocator(pl_module, **vars(self._settings_for(trainer)))
+        if self.fixed_ranks is not False and trainer.ckpt_path is None and not self._is_condensed:
+            for layer in layers.values():
+                layer.set_rank(layer.max_rank)
         if self._restored is not None:
             self._restore(self._restored)
         if trainer.ckpt_path is None:
@@ -277,14 +299,16 @@ class LaLoraCallback(AdapterCheckpoints):
             if trainer.global_step == 0:
                 self._earlier_steps = self.allocator.steps
             self.allocator.settings = self._settings_for(trainer)
+            self.condensing.start(trainer, self._earlier_steps)
         if self.allocator is not None and self._last_step is not None and self._last_step < trainer.global_step:
             # The checkpoint was saved after an optimizer step but before the rank update.
-            self.allocator.step()
+            self._update_ranks(trainer, self.allocator)
         self._last_step = trainer.global_step
         self._started = time.monotonic()
         reset_peak_memory(pl_module.device)
         if self.allocator is not None:
-            self._read(trainer)
+            self._pending.note(trainer.global_step, compatibility.completed_steps(trainer), self.allocator)
+            self._read()
             self._log.layout(trainer)
 
     @override
@@ -309,10 +333,9 @@ class LaLoraCallback(AdapterCheckpoints):
         self._last_step = trainer.global_step
         if self.allocator is None:
             return
-        self.allocator.step()
+        self._update_ranks(trainer, self.allocator)
         if compatibility.is_logging_step(trainer):
-            metrics = self._metrics(trainer, pl_module)
-            self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer))
+            metrics = self._log_readings(trainer, pl_module)
             # A CPU tensor, so that the progress bar does not synchronize with the device at every refresh.
             total = torch.tensor(metrics[log_keys.RANK_TOTAL], dtype=torch.float32)
             pl_module.log(log_keys.RANK_TOTAL, total, prog_bar=True, logger=False, on_step=True)
@@ -320,10 +343,11 @@ class LaLoraCallback(AdapterCheckpoints):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log time, memory and final ranks, draw the trajectories and print the rank report."""
-        metrics = costs(pl_module, time.monotonic() - self._started)
         if self.allocator is not None and self.history[-1][0] != trainer.global_step:
-            metrics |= self._metrics(trainer, pl_module)
+            self._log_readings(trainer, pl_module)
+        metrics = costs(pl_module, time.monotonic() - self._started)
         self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer) - 1)
+        self.condensing.end(self.allocator)
         if self.allocator is None or not trainer.is_global_zero:
             return
         self._log.results(trainer, self.plot)
@@ -424,35 +448,53 @@ class LaLoraCallback(AdapterCheckpoints):
     def _settings_for(self, trainer: pl.Trainer) -> AllocationSettings:
         """Return the allocator's settings, with ``freeze_after`` as a number of all its steps."""
         settings = self.allocation_settings
+        if self.fixed_ranks is not False:
+            return dataclasses.replace(settings, freeze_after=0)
         if not isinstance(settings.freeze_after, float):
             return settings
-        steps = trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ValueError(
-                f"Expected a run of known length for freeze_after={settings.freeze_after} but it has none; set "
-                "max_steps or max_epochs, or give freeze_after as a number of steps."
-            )
-        return dataclasses.replace(settings, freeze_after=self._earlier_steps + int(settings.freeze_after * steps))
+        steps = steps_of(trainer, settings.freeze_after, "freeze_after")
+        return dataclasses.replace(settings, freeze_after=self._earlier_steps + steps)
 
-    def _read(self, trainer: pl.Trainer) -> tuple[list[int], float]:
-        """Read ranks and budget from the device, record them, and warn about skipped steps."""
+    @property
+    def _is_condensed(self) -> bool:
+        return self.allocator is not None and self.allocator.condensed
+
+    def _update_ranks(self, trainer: pl.Trainer, allocator: RankAllocator) -> None:
+        """Update the ranks after an optimizer step, condense if it is time to, and note the ranks of the step."""
+        allocator.step()
+        self.condensing.after_step(trainer, allocator)
+        self._pending.note(trainer.global_step, compatibility.completed_steps(trainer), allocator)
+
+    def _read(self) -> tuple[list[Reading], list[int]]:
+        """Read ranks and budgets from the device, record them, and warn about skipped steps.
+
+        Returns:
+            The new readings, and Lightning's step for logging of each.
+        """
         assert self.allocator is not None
-        ranks, budget, skipped = self.allocator.read()
+        readings, logged_steps, skipped = self._pending.collect(self.allocator)
         if skipped > self._skipped:
             rank_zero_warn(
                 f"La-LoRA: {skipped - self._skipped} optimizer steps since the last report left weights that are "
                 "NaN or Inf; ranks and budget did not change. Lower the learning rate or clip gradients."
             )
             self._skipped = skipped
-        record_reading(self.history, trainer.global_step, ranks, budget)
-        return ranks, budget
+        for reading in readings:
+            record_reading(self.history, *reading)
+        return readings, logged_steps
 
-    def _metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
-        """Return ranks, budget and, with ``log_sparsity``, the sparsities by their log keys."""
+    def _log_readings(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+        """Log the ranks of the steps that changed them, and of the present step; return the metrics of this step."""
         assert self.allocator is not None
         names = self.allocator.layer_names
-        metrics = log_keys.rank_metrics(names, *self._read(trainer))
+        readings, logged_steps = self._read()
+        logged = dict(zip((step for step, *_ in readings), logged_steps, strict=True))
+        *earlier, (_, ranks, budget) = thinned(readings, MAX_LOGGED) if len(readings) > 2 else readings
+        for step, ranks_then, budget_then in earlier:
+            self._log.metrics(trainer, log_keys.rank_metrics(names, ranks_then, budget_then), logged[step])
+        metrics = log_keys.rank_metrics(names, ranks, budget)
         if self.log_sparsity:
             sparsity = layer_sparsity(pl_module, self.allocation_settings.group_by).tolist()
             metrics |= {log_keys.sparsity_key(name): share for name, share in zip(names, sparsity, strict=True)}
+        self._log.metrics(trainer, metrics, logged_steps[-1])
         return metrics

@@ -100,13 +100,19 @@ def require_averaging_after(trainer: pl.Trainer, callback: pl.Callback) -> None:
             )
 
 
-def require_compatible_averages(callbacks: Sequence[pl.Callback], save_adapter_only: bool) -> None:
-    """Check that no ``WeightAveraging`` callback needs whole checkpoints.
+def require_compatible_averages(callbacks: Sequence[pl.Callback], save_adapter_only: bool, condenses: bool) -> None:
+    """Check that callbacks that average weights can do so.
 
     Raises:
-        ValueError: A callback would have to resume from an adapter-only checkpoint.
+        ValueError: A callback would have to resume from an adapter-only checkpoint, or to average factors before and
+            after they are condensed.
     """
     for callback in callbacks:
+        if condenses and isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise ValueError(
+                f"Expected condense_to=None with {type(callback).__name__}, because factors before and after it "
+                "have no meaningful average; call condense_lora(module, ...) after training instead."
+            )
         if save_adapter_only and isinstance(callback, WeightAveraging):
             raise ValueError(
                 f"Expected save_adapter_only=False with {type(callback).__name__}, which can only resume from full "

@@ -404,7 +404,7 @@ def test_slices_out_of_range(out_slices: list[tuple[int, int]]):
 
 
 def test_set_rank_out_of_range():
-    with pytest.raises(ValueError, match=r"in \[1, 4\] but got 5"):
+    with pytest.raises(ValueError, match=r"in \[0, 4\] but got 5"):
         make_layer().set_rank(5)
 
 

@@ -1,0 +1,88 @@
+"""When a run condenses its adapters, and how several processes agree on the result."""
+
+import math
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lalora_lightning.allocator import RankAllocator
+
+__all__ = ["CondensingSchedule", "broadcast_from_first"]
+
+
+class CondensingSchedule:
+    """Condenses the adapters of a run once.
+
+    Args:
+        average_rank: As many parameters as LoRA with this rank on the same projections; None to never condense.
+        at: Number of optimizer steps (an integer) or fraction of the run (a float) after which to condense.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(self, average_rank: float | None, at: int | float) -> None:
+        if average_rank is not None and not 0 < average_rank < math.inf:
+            raise ValueError(f"Expected condense_to to be a positive average rank but got {average_rank}.")
+        if not (at >= 1 and isinstance(at, int) and not isinstance(at, bool)) and not 0 < at <= 1:
+            raise ValueError(
+                f"Expected condense_at to be a number of steps (an integer) or a fraction in (0, 1] but got {at}."
+            )
+        self.average_rank, self.at = average_rank, at
+        # The allocator's step after which to condense; None before a run.
+        self._step: int | None = None
+
+    def start(self, trainer: pl.Trainer, earlier_steps: int) -> None:
+        """Set the step of a run.
+
+        Args:
+            trainer: The Trainer.
+            earlier_steps: The allocator's steps before this run.
+
+        Raises:
+            ValueError: A fraction is given and the length of the run is not known.
+        """
+        self._step = None
+        if self.average_rank is not None:
+            self._step = earlier_steps + max(1, steps_of(trainer, self.at, "condense_at"))
+
+    def after_step(self, trainer: pl.Trainer, allocator: RankAllocator) -> None:
+        """Condense if it is time to."""
+        if self.average_rank is None or self._step is None or allocator.condensed or allocator.steps < self._step:
+            return
+        agree = broadcast_from_first if trainer.world_size > 1 else None
+        condensation = allocator.condense(self.average_rank, trainer.optimizers, agree)
+        rank_zero_info(f"La-LoRA: condensed after step {trainer.global_step}: {condensation}")
+
+    def end(self, allocator: RankAllocator | None) -> None:
+        """Warn if the run was too short."""
+        if self.average_rank is not None and allocator is not None and not allocator.condensed:
+            rank_zero_warn(
+                f"La-LoRA: the adapters were not condensed, because the run ended at step {allocator.steps}, before "
+                f"step {self._step}; call condense_lora(module, average_rank={self.average_rank}), or lower "
+                "condense_at."
+            )
+
+
+def steps_of(trainer: pl.Trainer, steps: int | float, argument: str) -> int:
+    """Return a number of steps or a fraction of the run as a number of steps.
+
+    Raises:
+        ValueError: A fraction is given and the length of the run is not known.
+    """
+    if not isinstance(steps, float):
+        return steps
+    whole = trainer.estimated_stepping_batches
+    if whole == math.inf:
+        raise ValueError(
+            f"Expected a run of known length for {argument}={steps} but it has none; set max_steps or max_epochs, or "
+            f"give {argument} as a number of steps."
+        )
+    return int(steps * whole)
+
+
+def broadcast_from_first(tensor: Tensor) -> None:
+    """Replace a tensor with that of the first process. Rounding may differ between kinds of devices."""
+    torch.distributed.broadcast(tensor, 0)
