@@ -10,7 +10,13 @@ from transformers.trainer_callback import ExportableState
 
 from lalora_lightning import log_keys
 from lalora_lightning.adapters import GradientMonitor, enable_input_gradients, lora_layers, require_trainable
-from lalora_lightning.allocator import AllocationSettings, RankAllocator, leave_masks_out_of_broadcasts
+from lalora_lightning.allocator import (
+    AllocationSettings,
+    RankAllocator,
+    broadcast_from_first,
+    leave_masks_out_of_broadcasts,
+    require_condensing,
+)
 
 __all__ = ["LaLoraTrainerCallback"]
 
@@ -32,6 +38,10 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
     With ``contribution="fisher"`` the gradients are read after the Trainer has clipped them.
 
     Args:
+        condense_to: Condense the adapters once in the run, to as many parameters as LoRA with this average rank, and
+            keep their ranks from then on; see :func:`lalora_lightning.condense_lora`.
+        condense_at: Number of optimizer steps (an integer) or fraction of the run (a float in (0, 1]) after which to
+            condense.
         settings: Arguments of :class:`RankAllocator`.
 
     Attributes:
@@ -43,8 +53,10 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
             checkpoint has no state of this callback.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, condense_to: float | None = None, condense_at: int | float = 0.7, **settings: Any) -> None:
         AllocationSettings(**settings)
+        require_condensing(condense_to, condense_at)
+        self.condense_to, self.condense_at = condense_to, condense_at
         self.settings = settings
         self.allocator: RankAllocator | None = None
         self._gradients: GradientMonitor | None = None
@@ -98,9 +110,16 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Update the ranks."""
+        """Update the ranks, and condense the adapters if it is time to."""
         assert self.allocator is not None
         self.allocator.step()
+        if self.condense_to is None or self.allocator.condensed:
+            return
+        at = self.condense_at if isinstance(self.condense_at, int) else max(1, int(self.condense_at * state.max_steps))
+        # The Trainer counts the step afterwards.
+        if state.global_step + 1 >= at:
+            agree = broadcast_from_first if args.world_size > 1 else None
+            self.allocator.condense(self.condense_to, [kwargs["optimizer"]], agree)
 
     def on_log(
         self,
@@ -128,4 +147,5 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         # Functions cannot be written as JSON. If group_by is missing when the run is resumed, the names of the layers
         # differ, which raises an error.
         settings = {key: value for key, value in self.settings.items() if not callable(value)}
+        settings |= {"condense_to": self.condense_to, "condense_at": self.condense_at}
         return {"args": settings, "attributes": {"restored": state}}

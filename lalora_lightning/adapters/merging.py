@@ -56,8 +56,17 @@ def unmerge_lora(model: nn.Module) -> None:
 def trim_lora(model: nn.Module) -> None:
     """Cut every adapter to its current rank; see :meth:`TruncatedLoRALinear.trim`.
 
+    Where the rank is 0, the plain linear module returns.
+
     Raises:
-        ValueError: The model has no LoRA layers.
+        ValueError: The model has no LoRA layers, or is itself one of rank 0.
     """
-    for layer in require_lora_layers(model).values():
-        layer.trim()
+    layers = require_lora_layers(model)
+    empty = {name: layer for name, layer in layers.items() if layer.rank == 0}
+    if "" in empty:
+        raise ValueError(
+            "Expected a model that contains LoRA layers but it is one itself, of rank 0; use its base_layer."
+        )
+    for name in layers.keys() - empty.keys():
+        layers[name].trim()
+    remove_layers(model, empty)

@@ -2,6 +2,7 @@
 
 from lalora_lightning.allocator.allocator import RankAllocator
 from lalora_lightning.allocator.broadcasts import leave_masks_out_of_broadcasts
+from lalora_lightning.allocator.condensing import broadcast_from_first, require_condensing
 from lalora_lightning.allocator.optimizer_state import reset_optimizer_state
 from lalora_lightning.allocator.settings import AllocationSettings, Contribution, ContributionScale, Growth
 
@@ -11,6 +12,8 @@ __all__ = [
     "ContributionScale",
     "Growth",
     "RankAllocator",
+    "broadcast_from_first",
     "leave_masks_out_of_broadcasts",
+    "require_condensing",
     "reset_optimizer_state",
 ]

@@ -199,6 +199,8 @@ class LaLoraCallback(AdapterCheckpoints):
         # The allocator's steps before the current Trainer's first one.
         self._earlier_steps = 0
         self._pending = PendingReadings()
+        # Readings that are in the history but not in the logs, with Lightning's step for logging.
+        self._unlogged: dict[int, Reading] = {}
         # Number of steps with NaN or Inf that have already been reported.
         self._skipped = 0
         # The state that was loaded before the allocator was built.
@@ -309,6 +311,8 @@ class LaLoraCallback(AdapterCheckpoints):
         if self.allocator is not None:
             self._pending.note(trainer.global_step, compatibility.completed_steps(trainer), self.allocator)
             self._read()
+            # As with the module's own metrics, logs begin after the first step.
+            self._unlogged.clear()
             self._log.layout(trainer)
 
     @override
@@ -343,10 +347,11 @@ class LaLoraCallback(AdapterCheckpoints):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log time, memory and final ranks, draw the trajectories and print the rank report."""
-        if self.allocator is not None and self.history[-1][0] != trainer.global_step:
-            self._log_readings(trainer, pl_module)
         metrics = costs(pl_module, time.monotonic() - self._started)
-        self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer) - 1)
+        if self._pending or self._unlogged:
+            self._log_readings(trainer, pl_module, metrics)
+        else:
+            self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer) - 1)
         self.condensing.end(self.allocator)
         if self.allocator is None or not trainer.is_global_zero:
             return
@@ -387,6 +392,8 @@ class LaLoraCallback(AdapterCheckpoints):
         """Return the allocator's state, the history, the last step and torch's random state."""
         if not self._has_state:
             return self._restored or {}
+        if self.allocator is not None:
+            self._read()
         return {
             "allocator": None if self.allocator is None else self.allocator.state_dict(),
             "last_step": self._last_step,
@@ -465,12 +472,8 @@ class LaLoraCallback(AdapterCheckpoints):
         self.condensing.after_step(trainer, allocator)
         self._pending.note(trainer.global_step, compatibility.completed_steps(trainer), allocator)
 
-    def _read(self) -> tuple[list[Reading], list[int]]:
-        """Read ranks and budgets from the device, record them, and warn about skipped steps.
-
-        Returns:
-            The new readings, and Lightning's step for logging of each.
-        """
+    def _read(self) -> None:
+        """Read ranks and budgets from the device, record them, and warn about skipped steps."""
         assert self.allocator is not None
         readings, logged_steps, skipped = self._pending.collect(self.allocator)
         if skipped > self._skipped:
@@ -481,20 +484,29 @@ class LaLoraCallback(AdapterCheckpoints):
             self._skipped = skipped
         for reading in readings:
             record_reading(self.history, *reading)
-        return readings, logged_steps
+        self._unlogged |= zip(logged_steps, readings, strict=True)
 
-    def _log_readings(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
-        """Log the ranks of the steps that changed them, and of the present step; return the metrics of this step."""
+    def _log_readings(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, others: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
+        """Log the ranks of the steps that changed them, and those of the last step together with other metrics.
+
+        Returns:
+            The metrics of the last step.
+        """
         assert self.allocator is not None
         names = self.allocator.layer_names
-        readings, logged_steps = self._read()
-        logged = dict(zip((step for step, *_ in readings), logged_steps, strict=True))
-        *earlier, (_, ranks, budget) = thinned(readings, MAX_LOGGED) if len(readings) > 2 else readings
-        for step, ranks_then, budget_then in earlier:
-            self._log.metrics(trainer, log_keys.rank_metrics(names, ranks_then, budget_then), logged[step])
-        metrics = log_keys.rank_metrics(names, ranks, budget)
+        self._read()
+        logged_step = max(self._unlogged)
+        _, ranks, budget = self._unlogged[logged_step]
+        kept = {step for step, *_ in thinned(list(self._unlogged.values()), MAX_LOGGED)}
+        for earlier_step, (step, earlier_ranks, earlier_budget) in self._unlogged.items():
+            if step in kept and earlier_step != logged_step:
+                self._log.metrics(trainer, log_keys.rank_metrics(names, earlier_ranks, earlier_budget), earlier_step)
+        self._unlogged.clear()
+        metrics = log_keys.rank_metrics(names, ranks, budget) | dict(others or {})
         if self.log_sparsity:
             sparsity = layer_sparsity(pl_module, self.allocation_settings.group_by).tolist()
             metrics |= {log_keys.sparsity_key(name): share for name, share in zip(names, sparsity, strict=True)}
-        self._log.metrics(trainer, metrics, logged_steps[-1])
+        self._log.metrics(trainer, metrics, logged_step)
         return metrics

@@ -1,15 +1,13 @@
-"""When a run condenses its adapters, and how several processes agree on the result."""
+"""When a run of a Trainer condenses its adapters."""
 
 import math
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
-from lalora_lightning.allocator import RankAllocator
+from lalora_lightning.allocator import RankAllocator, broadcast_from_first, require_condensing
 
-__all__ = ["CondensingSchedule", "broadcast_from_first"]
+__all__ = ["CondensingSchedule", "steps_of"]
 
 
 class CondensingSchedule:
@@ -24,12 +22,7 @@ class CondensingSchedule:
     """
 
     def __init__(self, average_rank: float | None, at: int | float) -> None:
-        if average_rank is not None and not 0 < average_rank < math.inf:
-            raise ValueError(f"Expected condense_to to be a positive average rank but got {average_rank}.")
-        if not (at >= 1 and isinstance(at, int) and not isinstance(at, bool)) and not 0 < at <= 1:
-            raise ValueError(
-                f"Expected condense_at to be a number of steps (an integer) or a fraction in (0, 1] but got {at}."
-            )
+        require_condensing(average_rank, at)
         self.average_rank, self.at = average_rank, at
         # The allocator's step after which to condense; None before a run.
         self._step: int | None = None
@@ -81,8 +74,3 @@ def steps_of(trainer: pl.Trainer, steps: int | float, argument: str) -> int:
             f"give {argument} as a number of steps."
         )
     return int(steps * whole)
-
-
-def broadcast_from_first(tensor: Tensor) -> None:
-    """Replace a tensor with that of the first process. Rounding may differ between kinds of devices."""
-    torch.distributed.broadcast(tensor, 0)

@@ -30,6 +30,10 @@ class PendingReadings:
         # Optimizer step, Lightning's step for logging, ranks and budget.
         self._pending: list[tuple[int, int, Tensor, Tensor]] = []
 
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        return len(self._pending)
+
     def note(self, step: int, logged_step: int, allocator: RankAllocator) -> None:
         """Keep ranks and budget of a step. The allocator replaces these tensors and does not change them."""
         self._pending.append((step, logged_step, allocator.ranks, allocator.budget))
@@ -43,12 +47,14 @@ class PendingReadings:
             A reading for each step, Lightning's steps for logging, and the number of skipped steps.
         """
         rows, skipped = allocator.read_steps([(ranks, budget) for *_, ranks, budget in self._pending])
-        steps = [(step, logged_step) for step, logged_step, *_ in self._pending]
+        steps, logged_steps = (
+            [step for step, *_ in self._pending],
+            [logged_step for _, logged_step, *_ in self._pending],
+        )
         self._pending.clear()
-        # The last row is the present, which is that of the last step unless the ranks of the model were changed since.
-        rows = rows[:-2] + rows[-1:]
-        readings = [(step, *row) for (step, _), row in zip(steps, rows, strict=True)]
-        return readings, [logged_step for _, logged_step in steps], skipped
+        # The last row is the present, that of the last step unless the ranks of the model were changed since.
+        readings = [(step, *row) for step, row in zip(steps, rows[:-2] + rows[-1:], strict=False)]
+        return readings, logged_steps, skipped
 
 
 def record_reading(history: list[Reading], step: int, ranks: list[int], budget: float) -> None:
@@ -68,6 +74,8 @@ def thinned(history: Sequence[Reading], limit: int) -> list[Reading]:
     >>> thinned([(0, [1], 1.0), (1, [1], 1.2), (2, [1], 1.4), (3, [2], 2.1), (4, [2], 2.2)], 4)
     [(0, [1], 1.0), (2, [1], 1.4), (3, [2], 2.1), (4, [2], 2.2)]
     """
+    if len(history) < 3:
+        return list(history)
     inner = zip(history, history[1:], history[2:], strict=False)
     changes = [now for before, now, after in inner if before[1] != now[1] or now[1] != after[1]]
     kept = [history[0], *changes, history[-1]]

@@ -206,8 +206,13 @@ class LowRankFactors(nn.Module):
         """Cut ``lora_A`` and ``lora_B`` to the current rank; the outputs do not change.
 
         The parameters are replaced by new ones, so an optimizer has to be built again.
+
+        Raises:
+            ValueError: The rank is 0.
         """
         rank = int(self.rank)
+        if rank == 0:
+            raise ValueError("Expected a rank of at least 1 but it is 0; trim_lora(model) removes such a layer.")
         mask = self.rank_mask[:rank]
         factors = self.split(self.lora_A, self.lora_B)
         self.lora_A = nn.Parameter(torch.cat([A[:rank] for A, _ in factors]), self.lora_A.requires_grad)

@@ -42,7 +42,7 @@ def save_peft_adapter(
     ``README.md`` is the model card, with base model, ranks, and the given facts. The exported ``lora_B`` includes the
     scaling. If slices of a fused projection are adapted, they become one adapter of the whole projection: its rank is
     the sum of the ranks of the slices, and the rows of ``lora_B`` outside of the slices are zero. If initial factors
-    are subtracted, the exported rank is twice as high. Modules whose buffers training may have changed, such as
+    are subtracted, the exported rank is twice as high. Layers of rank 0 are left out. Modules whose buffers training may have changed, such as
     BatchNorm, are saved in full like the head, and tied parameters under all of their names.
 
     Args:
@@ -61,6 +61,9 @@ def save_peft_adapter(
     """
     model = model_itself(model)
     layers = require_lora_layers(model)
+    layers = {name: layer for name, layer in layers.items() if layer.rank > 0}
+    if not layers:
+        raise ValueError("Expected adapters to export but all of them have rank 0.")
     _require_exportable(model, layers)
     modules = base_modules(model)
     trained = trained_modules(modules)

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lalora_lightning import LaLoraCallback, add_lora, merge_lora
+from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, merge_lora
 from lalora_lightning.runs import read_run
 from tests.helpers.training import BuiltLater, TinyClassifier, loader, new_trainer
 
@@ -24,17 +24,22 @@ def test_two_loggers_hold_the_keys(tmp_path: Path):
     with open(Path(loggers[0].log_dir) / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     assert keys <= set(rows[0])
-    # 21 steps, counted from zero as Lightning does: every fifth, and the last.
-    assert [int(row["step"]) for row in rows] == [4, 9, 14, 19, 20]
-    for row, (step, ranks, budget) in zip(rows, callback.history[1:], strict=True):
-        assert int(row["step"]) == step - 1
+    # 21 steps, counted from zero as Lightning does: every fifth, the last, and those where ranks changed in between.
+    steps = [int(row["step"]) for row in rows]
+    assert {4, 9, 14, 19, 20} < set(steps)
+    assert steps == sorted(steps)
+    history = {step: (ranks, budget) for step, ranks, budget in callback.history}
+    assert list(history) == list(range(22))
+    assert {step for step in range(1, 22) if history[step][0] != history[step - 1][0]} <= {step + 1 for step in steps}
+    for row in rows:
+        ranks, budget = history[int(row["step"]) + 1]
         assert [float(row[f"rank/model.blocks.{i}"]) for i in range(3)] == ranks
         assert float(row["rank/total"]) == sum(ranks)
         assert float(row["rank/budget"]) == pytest.approx(budget)
 
     events = EventAccumulator(loggers[1].log_dir).Reload()
     assert keys <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("rank/total")] == [4, 9, 14, 19, 20]
+    assert [event.step for event in events.Scalars("rank/total")] == steps
     assert "rank/trajectories" in events.Tags()["images"]
 
 
@@ -47,9 +52,9 @@ def test_the_total_rank_is_in_the_progress_bar(tmp_path: Path):
 
 def test_numbers_are_asked_from_the_device_at_logging_steps_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     callback = LaLoraCallback(rank=4)
-    read = callback._read
+    read = RankAllocator.read_steps
     reads = []
-    monkeypatch.setattr(callback, "_read", lambda trainer: reads.append(trainer.global_step) or read(trainer))
+    monkeypatch.setattr(RankAllocator, "read_steps", lambda *args: reads.append(callback._last_step) or read(*args))
     new_trainer(tmp_path, callback, log_every_n_steps=10).fit(TinyClassifier(), loader())
     # At the start, every tenth step, and the last.
     assert reads == [0, 10, 20, 21]
@@ -66,14 +71,15 @@ def test_weights_that_are_not_finite_are_reported_and_change_no_rank(tmp_path: P
     with pytest.warns(UserWarning, match="4 optimizer steps since the last report left weights that are NaN or Inf"):
         trainer.fit(module, loader())
     steps, ranks, budgets = zip(*callback.history, strict=True)
-    assert steps == (0, 7, 14, 21)
-    assert ranks[2] == ranks[3]
-    assert budgets[2] == budgets[3]
+    assert steps == tuple(range(22))
+    assert ranks[9] != ranks[0]
+    assert all(then == ranks[10] for then in ranks[11:])
+    assert all(then == budgets[10] for then in budgets[11:])
     assert callback.allocator.skipped == 11
     trainer.save_checkpoint(tmp_path / "diverged.ckpt")
     again = LaLoraCallback(rank=4)
     new_trainer(tmp_path, again, max_epochs=4).fit(TinyClassifier(), loader(), ckpt_path=tmp_path / "diverged.ckpt")
-    assert again.allocator.ranks.tolist() == ranks[3]
+    assert again.allocator.ranks.tolist() == ranks[-1]
 
 
 def test_history_stays_short_and_keeps_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

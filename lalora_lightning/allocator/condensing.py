@@ -1,0 +1,29 @@
+"""What condensing in a run needs: checked settings, and processes that agree."""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["broadcast_from_first", "require_condensing"]
+
+
+def require_condensing(condense_to: float | None, condense_at: int | float) -> None:
+    """Check when and how far to condense.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    if condense_to is not None and not 0 < condense_to < math.inf:
+        raise ValueError(f"Expected condense_to to be a positive average rank but got {condense_to}.")
+    steps = isinstance(condense_at, int) and not isinstance(condense_at, bool) and condense_at >= 1
+    if not steps and not (isinstance(condense_at, float) and 0 < condense_at <= 1):
+        raise ValueError(
+            "Expected condense_at to be a number of steps (an integer) or a fraction in (0, 1] (a float) but got "
+            f"{condense_at!r}."
+        )
+
+
+def broadcast_from_first(tensor: Tensor) -> None:
+    """Replace a tensor with that of the first process. Rounding may differ between kinds of devices."""
+    torch.distributed.broadcast(tensor, 0)
