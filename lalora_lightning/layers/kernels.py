@@ -9,6 +9,10 @@ features each, rank ``r``::
 
 The mask sets the hidden columns beyond the current rank to zero. It is applied in place to the narrow hidden factor, so
 no masked copy of a weight is needed.
+
+The factors may have a wider data type than the input, such as float32 beside bfloat16. The products of the adapter are
+then computed in their type. Its contributions to the output and to the gradient of the input are added as accurately,
+and rounded once together with those of the frozen layer.
 """
 
 from collections.abc import Sequence
@@ -64,8 +68,8 @@ def truncated_lora(
         lora_x: ``(N, d)`` input of the adapter; None if it is ``x``. With dropout it differs.
         weight: ``(m, d)``.
         bias: ``(m,)``.
-        A: ``(S r, d)``.
-        B: ``(sum of m_s, r)``.
+        A: ``(S r, d)``, in the data type in which the adapter is computed.
+        B: ``(sum of m_s, r)``, in the same type.
         rank_mask: ``(r,)``, 1 for the components within the current rank, 0 for the others.
         scaling: Factor of the adapter.
         out_slices: The adapted ranges of output features.
@@ -74,10 +78,9 @@ def truncated_lora(
         The output ``(N, m)`` and the masked hidden factor ``(N, S r)``.
     """
     out = F.linear(x, weight, bias)
-    hidden = _mask((x if lora_x is None else lora_x) @ A.T, rank_mask)
+    hidden = _mask((x if lora_x is None else lora_x).to(A.dtype) @ A.T, rank_mask)
     for (out_s, B_s), hidden_s in zip(_by_slice(out, B, out_slices), _columns(hidden, out_slices), strict=True):
-        # Adds to the base output in place, without a temporary of the same size.
-        out_s.addmm_(hidden_s, B_s.T, alpha=scaling)
+        _add_product(out_s, hidden_s, B_s.T, scaling)
     return out, hidden
 
 
@@ -86,9 +89,11 @@ def add_adapter(
 ) -> Tensor:
     """Compute ``out + scaling * mask(lora_x A.T) B.T`` in plain autograd; arguments as in :func:`truncated_lora`."""
     width = out.shape[1]
-    hidden = (lora_x @ A.T.to(lora_x.dtype)) * rank_mask.repeat(len(out_slices))
-    slices = zip(out_slices, _columns(hidden, out_slices), _rows(B.to(lora_x.dtype), out_slices), strict=True)
-    for (start, stop), hidden_s, B_s in slices:
+    hidden = lora_x.to(A.dtype) @ A.T
+    hidden = hidden * rank_mask.repeat(len(out_slices)).to(hidden.dtype)
+    for (start, stop), hidden_s, B_s in zip(
+        out_slices, _columns(hidden, out_slices), _rows(B, out_slices), strict=True
+    ):
         out = out + F.pad(scaling * hidden_s @ B_s.T, (start, width - stop))
     return out
 
@@ -107,23 +112,21 @@ class TruncatedLoRAFunction(torch.autograd.Function):
         lora_x: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
+        A: Tensor,
+        B: Tensor,
         rank_mask: Tensor,
         scaling: float,
         out_slices: OutSlices,
     ) -> Tensor:
         """Compute the output and save the tensors that the required gradients need."""
-        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         out, hidden = truncated_lora(x, lora_x, weight, bias, A, B, rank_mask, scaling, out_slices)
         need_x, _, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
-        # The factors are saved as they came in, so that a second derivative can follow them.
         ctx.save_for_backward(
             x if need_weight or (need_A and lora_x is None) else None,
             lora_x if need_A else None,
             weight if need_x else None,
-            lora_A,
-            lora_B,
+            A,
+            B,
             hidden if need_B else None,
             rank_mask,
         )
@@ -145,13 +148,12 @@ class TruncatedLoRAFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             # The caller asked for a graph of the backward pass.
             return _differentiable_backward(ctx, g)
-        x, lora_x, weight, lora_A, lora_B, hidden, rank_mask = ctx.saved_tensors
-        B = lora_B.to(g.dtype)
+        x, lora_x, weight, A, B, hidden, rank_mask = ctx.saved_tensors
         need_x, need_lora_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         scaling = ctx.scaling
         grad_x = grad_lora_x = grad_weight = grad_bias = grad_A = grad_B = None
 
-        slices = _by_slice(g, B, ctx.out_slices)
+        slices = _by_slice(g.to(B.dtype), B, ctx.out_slices)
         # addmm with beta=0 is a scaled matrix product in one kernel, which does not read its first argument.
         unread = B[0, 0]
         if need_B:
@@ -165,15 +167,17 @@ class TruncatedLoRAFunction(torch.autograd.Function):
             )
         if need_A or need_x or need_lora_x:
             grad_hidden = _mask(_join([g_s @ B_s for g_s, B_s in slices], dim=1), rank_mask)
+            del slices  # frees a copy of g in a wider type
             if need_A:
-                adapter_input = lora_x if ctx.has_lora_x else x
+                # Cast once more, because a copy in a wider type would take memory until the backward pass.
+                adapter_input = (lora_x if ctx.has_lora_x else x).to(A.dtype)
                 grad_A = torch.addmm(unread, grad_hidden.T, adapter_input, beta=0, alpha=scaling)
             if need_x:
                 grad_x = g @ weight
                 if not ctx.has_lora_x:
-                    grad_x.addmm_(grad_hidden, lora_A.to(g.dtype), alpha=scaling)
+                    _add_product(grad_x, grad_hidden, A, scaling)
             if need_lora_x:
-                grad_lora_x = torch.addmm(unread, grad_hidden, lora_A.to(g.dtype), beta=0, alpha=scaling)
+                grad_lora_x = torch.addmm(unread, grad_hidden, A, beta=0, alpha=scaling).to(g.dtype)
         if need_weight:
             grad_weight = g.T @ x
         if need_bias:
@@ -183,7 +187,7 @@ class TruncatedLoRAFunction(torch.autograd.Function):
 
 def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients by operations that autograd records, for second derivatives."""
-    x, lora_x, weight, lora_A, lora_B, _, rank_mask = ctx.saved_tensors
+    x, lora_x, weight, A, B, _, rank_mask = ctx.saved_tensors
     need_x, need_lora_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
     adapter_input = lora_x if ctx.has_lora_x else x
     if adapter_input is None:
@@ -191,20 +195,20 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             "Expected the input of the layer for second derivatives but it was not kept, since lora_A is frozen; train "
             "it, too (freeze_A=False)."
         )
-    A, B = lora_A.to(g.dtype), lora_B.to(g.dtype)
-    mask = rank_mask.repeat(len(ctx.out_slices))
+    adapter_input = adapter_input.to(A.dtype)
+    mask = rank_mask.repeat(len(ctx.out_slices)).to(A.dtype)
     hidden = (adapter_input @ A.T) * mask
-    slices = _by_slice(g, B, ctx.out_slices)
+    slices = _by_slice(g.to(B.dtype), B, ctx.out_slices)
     grad_hidden = torch.cat([g_s @ B_s for g_s, B_s in slices], dim=1) * mask
-    adapter_grad = ctx.scaling * grad_hidden @ A
+    adapter_grad = (ctx.scaling * grad_hidden @ A).to(g.dtype)
     pairs = zip(slices, _columns(hidden, ctx.out_slices), strict=True)
     return (
         (g @ weight + (0 if ctx.has_lora_x else adapter_grad)) if need_x else None,
         adapter_grad if need_lora_x else None,
         g.T @ x if need_weight else None,
         g.sum(0) if need_bias else None,
-        (ctx.scaling * grad_hidden.T @ adapter_input).to(lora_A.dtype) if need_A else None,
-        torch.cat([ctx.scaling * g_s.T @ h_s for (g_s, _), h_s in pairs]).to(lora_B.dtype) if need_B else None,
+        ctx.scaling * grad_hidden.T @ adapter_input if need_A else None,
+        torch.cat([ctx.scaling * g_s.T @ h_s for (g_s, _), h_s in pairs]) if need_B else None,
         None,
         None,
         None,
@@ -215,6 +219,24 @@ def _mask(hidden: Tensor, rank_mask: Tensor) -> Tensor:
     """Set the columns beyond the current rank to zero, in place, for all slices."""
     hidden.view(-1, rank_mask.shape[0]).mul_(rank_mask)
     return hidden
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+    """Compute ``out += scaling * left right`` in place, without a temporary of the size of ``out``.
+
+    Factors of a wider type are split into values of ``out``'s type and their remainders. One product of the type of
+    ``out`` then has nearly the accuracy of the wider type, because it is summed in float32 and rounded once.
+    """
+    if left.dtype != out.dtype:
+        (left, left_rest), (right, right_rest) = _split(left, out.dtype), _split(right, out.dtype)
+        left, right = torch.cat([left, left_rest, left], dim=1), torch.cat([right, right, right_rest])
+    out.addmm_(left, right, alpha=scaling)
+
+
+def _split(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the values rounded to a type, and what the rounding left over, in the same type."""
+    rounded = tensor.to(dtype)
+    return rounded, (tensor - rounded).to(dtype)
 
 
 def _by_slice(out: Tensor, B: Tensor, out_slices: OutSlices) -> list[tuple[Tensor, Tensor]]:
