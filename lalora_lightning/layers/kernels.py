@@ -10,9 +10,8 @@ features each, rank ``r``::
 The mask sets the hidden columns beyond the current rank to zero. It is applied in place to the narrow hidden factor, so
 no masked copy of a weight is needed.
 
-The factors may have a wider data type than the input, such as float32 beside bfloat16. The products of the adapter are
-then computed in their type. Its contributions to the output and to the gradient of the input are added as accurately,
-and rounded once together with those of the frozen layer.
+The factors may have a wider data type than the input, such as float32 beside bfloat16. The adapter is then computed with
+the accuracy of the wider type. The frozen layer and the output stay in the input's type.
 """
 
 from collections.abc import Sequence
