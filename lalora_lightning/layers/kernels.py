@@ -10,8 +10,8 @@ features each, rank ``r``::
 The mask sets the hidden columns beyond the current rank to zero. It is applied in place to the narrow hidden factor, so
 no masked copy of a weight is needed.
 
-The factors may have a wider data type than the input, such as float32 beside bfloat16. The adapter is then computed with
-the accuracy of the wider type. The frozen layer and the output stay in the input's type.
+The factors may have a wider data type than the input, such as float32 beside bfloat16. The adapter is then computed
+with the accuracy of the wider type. The frozen layer and the output stay in the input's type.
 """
 
 from collections.abc import Sequence
@@ -111,25 +111,28 @@ class TruncatedLoRAFunction(torch.autograd.Function):
         lora_x: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
         rank_mask: Tensor,
         scaling: float,
         out_slices: OutSlices,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Compute the output and save the tensors that the required gradients need."""
+        """Compute the output, the adapter in ``dtype``, and save the tensors that the required gradients need."""
+        A, B = lora_A.to(dtype), lora_B.to(dtype)
         out, hidden = truncated_lora(x, lora_x, weight, bias, A, B, rank_mask, scaling, out_slices)
         need_x, _, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
+        # The factors are saved as they came in: a second derivative can follow them, and a copy would take memory.
         ctx.save_for_backward(
             x if need_weight or (need_A and lora_x is None) else None,
             lora_x if need_A else None,
             weight if need_x else None,
-            A,
-            B,
+            lora_A,
+            lora_B,
             hidden if need_B else None,
             rank_mask,
         )
-        ctx.scaling, ctx.out_slices, ctx.has_lora_x = scaling, out_slices, lora_x is not None
+        ctx.scaling, ctx.out_slices, ctx.dtype, ctx.has_lora_x = scaling, out_slices, dtype, lora_x is not None
         return out
 
     @staticmethod
@@ -147,12 +150,13 @@ class TruncatedLoRAFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             # The caller asked for a graph of the backward pass.
             return _differentiable_backward(ctx, g)
-        x, lora_x, weight, A, B, hidden, rank_mask = ctx.saved_tensors
+        x, lora_x, weight, lora_A, lora_B, hidden, rank_mask = ctx.saved_tensors
+        B = lora_B.to(ctx.dtype)
         need_x, need_lora_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         scaling = ctx.scaling
         grad_x = grad_lora_x = grad_weight = grad_bias = grad_A = grad_B = None
 
-        slices = _by_slice(g.to(B.dtype), B, ctx.out_slices)
+        slices = _by_slice(g.to(ctx.dtype), B, ctx.out_slices)
         # addmm with beta=0 is a scaled matrix product in one kernel, which does not read its first argument.
         unread = B[0, 0]
         if need_B:
@@ -169,24 +173,24 @@ class TruncatedLoRAFunction(torch.autograd.Function):
             del slices  # frees a copy of g in a wider type
             if need_A:
                 # Cast once more, because a copy in a wider type would take memory until the backward pass.
-                adapter_input = (lora_x if ctx.has_lora_x else x).to(A.dtype)
+                adapter_input = (lora_x if ctx.has_lora_x else x).to(ctx.dtype)
                 grad_A = torch.addmm(unread, grad_hidden.T, adapter_input, beta=0, alpha=scaling)
             if need_x:
                 grad_x = g @ weight
                 if not ctx.has_lora_x:
-                    _add_product(grad_x, grad_hidden, A, scaling)
+                    _add_product(grad_x, grad_hidden, lora_A.to(ctx.dtype), scaling)
             if need_lora_x:
-                grad_lora_x = torch.addmm(unread, grad_hidden, A, beta=0, alpha=scaling).to(g.dtype)
+                grad_lora_x = torch.addmm(unread, grad_hidden, lora_A.to(ctx.dtype), beta=0, alpha=scaling).to(g.dtype)
         if need_weight:
             grad_weight = g.T @ x
         if need_bias:
             grad_bias = g.sum(0)
-        return grad_x, grad_lora_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
+        return grad_x, grad_lora_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None
 
 
 def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients by operations that autograd records, for second derivatives."""
-    x, lora_x, weight, A, B, _, rank_mask = ctx.saved_tensors
+    x, lora_x, weight, lora_A, lora_B, _, rank_mask = ctx.saved_tensors
     need_x, need_lora_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
     adapter_input = lora_x if ctx.has_lora_x else x
     if adapter_input is None:
@@ -194,10 +198,10 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             "Expected the input of the layer for second derivatives but it was not kept, since lora_A is frozen; train "
             "it, too (freeze_A=False)."
         )
-    adapter_input = adapter_input.to(A.dtype)
-    mask = rank_mask.repeat(len(ctx.out_slices)).to(A.dtype)
+    A, B, adapter_input = lora_A.to(ctx.dtype), lora_B.to(ctx.dtype), adapter_input.to(ctx.dtype)
+    mask = rank_mask.repeat(len(ctx.out_slices)).to(ctx.dtype)
     hidden = (adapter_input @ A.T) * mask
-    slices = _by_slice(g.to(B.dtype), B, ctx.out_slices)
+    slices = _by_slice(g.to(ctx.dtype), B, ctx.out_slices)
     grad_hidden = torch.cat([g_s @ B_s for g_s, B_s in slices], dim=1) * mask
     adapter_grad = (ctx.scaling * grad_hidden @ A).to(g.dtype)
     pairs = zip(slices, _columns(hidden, ctx.out_slices), strict=True)
@@ -206,8 +210,9 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         adapter_grad if need_lora_x else None,
         g.T @ x if need_weight else None,
         g.sum(0) if need_bias else None,
-        ctx.scaling * grad_hidden.T @ adapter_input if need_A else None,
-        torch.cat([ctx.scaling * g_s.T @ h_s for (g_s, _), h_s in pairs]) if need_B else None,
+        (ctx.scaling * grad_hidden.T @ adapter_input).to(lora_A.dtype) if need_A else None,
+        torch.cat([ctx.scaling * g_s.T @ h_s for (g_s, _), h_s in pairs]).to(lora_B.dtype) if need_B else None,
+        None,
         None,
         None,
         None,

@@ -216,14 +216,15 @@ class TruncatedLoRALinear(LowRankFactors):
         # The shape is restored outside of the autograd function, so that callers may change the output in place.
         rows = x.reshape(-1, self.in_features)
         lora_rows = F.dropout(rows, self.dropout) if self.training and self.dropout > 0 else None
-        A, B, mask = self._factors_in(self.compute_dtype or x.dtype if dtype is None else dtype)
+        A, B, mask = self._factors()
+        compute_dtype = (self.compute_dtype or x.dtype) if dtype is None else dtype
         fixed = mask, self.scaling, self.out_slices
         weight, bias = self._base_parameters(dtype)
         if torch.is_grad_enabled():
-            out = TruncatedLoRAFunction.apply(rows, lora_rows, weight, bias, A, B, *fixed)
+            out = TruncatedLoRAFunction.apply(rows, lora_rows, weight, bias, A, B, *fixed, compute_dtype)
         else:
             # Without a backward pass, an autograd node would only cost time.
-            out, _ = truncated_lora(rows, lora_rows, weight, bias, A, B, *fixed)
+            out, _ = truncated_lora(rows, lora_rows, weight, bias, A.to(compute_dtype), B.to(compute_dtype), *fixed)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _call_base_layer(self, x: Tensor) -> Tensor:
@@ -234,14 +235,11 @@ class TruncatedLoRALinear(LowRankFactors):
         rows = x.reshape(-1, self.in_features)
         if self.training and self.dropout > 0:
             rows = F.dropout(rows, self.dropout)
-        A, B, mask = self._factors_in(self.compute_dtype or x.dtype)
-        adapted = add_adapter(out.reshape(-1, self.out_features), rows, A, B, mask, self.scaling, self.out_slices)
-        return adapted.reshape(out.shape).to(out.dtype)
-
-    def _factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Return A and B in the data type in which the adapter is computed, and their mask."""
         A, B, mask = self._factors()
-        return A.to(dtype), B.to(dtype), mask
+        dtype = self.compute_dtype or x.dtype
+        fixed = mask, self.scaling, self.out_slices
+        adapted = add_adapter(out.reshape(-1, self.out_features), rows, A.to(dtype), B.to(dtype), *fixed)
+        return adapted.reshape(out.shape).to(out.dtype)
 
     def _base_parameters(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
         """Return the base layer's weight ``(m, d)`` and bias ``(m,)``, in autocast's type if there is one."""
