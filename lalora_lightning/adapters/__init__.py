@@ -2,6 +2,7 @@
 
 from lalora_lightning.adapters.adaptation import add_lora
 from lalora_lightning.adapters.condensing import Condensation, component_costs, condense_layers, condense_lora
+from lalora_lightning.adapters.disabling import disable_adapters
 from lalora_lightning.adapters.gradients import (
     GradientMonitor,
     disable_input_gradients,
@@ -36,6 +37,7 @@ __all__ = [
     "component_costs",
     "condense_layers",
     "condense_lora",
+    "disable_adapters",
     "disable_input_gradients",
     "enable_input_gradients",
     "find_head",
