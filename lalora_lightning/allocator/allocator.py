@@ -341,15 +341,15 @@ class RankAllocator:
 
     @torch.no_grad()
     def _follow_model(self) -> None:
-        """Continue with the ranks and on the device of the model, if its masks are not those that were written.
+        """Continue with the ranks and on the device of the model, if its masks are not those that were noted.
 
         Masks that were changed in place often have the same values, for example when DDP sends buffers. They are
         compared on the device. Masks that were replaced belong to another state of the model, so the values of its
         layers are not compared with the old ones, and growth is zero in the next step.
         """
         masks = [layer.rank_mask for layer in self._projections]
-        replaced = any(mask is not written for mask, (written, _) in zip(masks, self._written, strict=True))
-        if not replaced and all(_version(mask) == version for mask, version in self._written):
+        replaced = any(mask is not noted for mask, (noted, _) in zip(masks, self._noted, strict=True))
+        if not replaced and all(_version(mask) == version for mask, version in self._noted):
             return
         if any(layer.max_rank != self.max_rank for layer in self._projections):
             raise RuntimeError("Expected a model that was not trimmed but it was trimmed; its ranks are final.")
@@ -367,14 +367,18 @@ class RankAllocator:
             budget = (ranks * self.costs).sum().clamp(self.min_budget, self.max_budget)
             self.budget = torch.where(changed, budget, self.budget)
         self._value = torch.zeros_like(self._value) if replaced else torch.where(changed, 0.0, self._value)
-        self._write()
+        self._note_masks(masks)
 
     def _write(self) -> None:
         """Write the masks of all layers."""
         masks = [layer.rank_mask for layer in self._projections]
         torch.lt(self._components, self.ranks[self._layer_of][:, None], out=self._masks)
         torch._foreach_copy_(masks, list(self._masks.unbind()))
-        self._written = [(mask, _version(mask)) for mask in masks]
+        self._note_masks(masks)
+
+    def _note_masks(self, masks: Sequence[Tensor]) -> None:
+        """Note the masks whose ranks are those of the allocator."""
+        self._noted = [(mask, _version(mask)) for mask in masks]
 
 
 def _version(tensor: Tensor) -> int:

@@ -5,6 +5,7 @@ import warnings
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lalora_lightning.layers.rank_masks import mask_problem, replace_ranks
@@ -100,7 +101,9 @@ def require_rank_mask(
 
 def replace_mask(layer: Any, incompatible_keys: Any) -> None:
     """Replace the mask with a copy, so that a rank allocator notices that a state was loaded; a post-hook."""
-    layer.rank_mask = layer.rank_mask.clone()
+    # A mask that was made in inference mode could not be used in training.
+    with torch.inference_mode(False):
+        layer.rank_mask = layer.rank_mask.clone()
 
 
 def describe_extra_state(state: Any) -> str:

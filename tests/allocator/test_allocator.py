@@ -569,13 +569,34 @@ def test_a_frozen_allocator_tells_the_ranks_of_the_model(adapted: TinyTransforme
     for block, rank in zip(adapted.blocks, (2, 3, 4), strict=True):
         block.query.set_rank(rank)
     read(allocator)
-    # The value projection shares the rank.
-    assert allocator.ranks.tolist() == [2, 3, 4] == [int(block.value.rank) for block in adapted.blocks]
+    assert allocator.ranks.tolist() == [2, 3, 4]
     adapted.blocks[0].query.set_rank(1)
     adapted.blocks[0].value.set_rank(1)
     allocator.step()
     assert allocator.ranks.tolist() == [1, 3, 4]
     assert allocator.budget == 8
+
+
+@pytest.mark.parametrize("read", [RankAllocator.read, RankAllocator.state_dict, RankAllocator.observe_gradients])
+def test_reading_does_not_change_an_averaged_model(adapted: TinyTransformer, read: Callable):
+    """The masks of an average lie between 0 and 1. Only a rank update writes others."""
+    allocator = RankAllocator(adapted, contribution="fisher")
+    masks = [layer.rank_mask for layer in lora_layers(adapted).values()]
+    for mask in masks:
+        mask.copy_(torch.tensor([1, 1, 0.5, 0.25]))
+    read(allocator)
+    assert [mask.tolist() for mask in masks] == [[1, 1, 0.5, 0.25]] * 6
+    assert allocator.ranks.tolist() == [4, 4, 4]
+    allocator.observe_gradients()
+    allocator.step()
+    assert all(mask.tolist() in ([1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]) for mask in masks)
+
+
+def test_projections_share_a_rank_again_after_a_step(adapted: TinyTransformer):
+    allocator = RankAllocator(adapted, gamma=3.0)
+    adapted.blocks[0].query.set_rank(3)
+    allocator.step()
+    assert [int(b.query.rank) for b in adapted.blocks] == [int(b.value.rank) for b in adapted.blocks]
 
 
 def test_the_whole_budget_stays_when_other_ranks_are_found(adapted: TinyTransformer):

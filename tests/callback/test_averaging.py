@@ -39,6 +39,19 @@ def test_averaging_leaves_the_ranks_of_the_run_alone(tmp_path: Path, use_buffers
         assert averaged == last.masks
 
 
+def test_the_average_is_saved_after_the_run(tmp_path: Path):
+    module, callback = TinyClassifier(), LaLoraCallback(rank=4, gamma=1.0)
+    trainer = new_trainer(tmp_path, callback, WeightAveraging())
+    trainer.fit(module, loader())
+    masks = {key: value.clone() for key, value in module.state_dict().items() if key.endswith("rank_mask")}
+    assert any(0 < value < 1 for mask in masks.values() for value in mask.tolist())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=False)["state_dict"]
+    for key, mask in masks.items():
+        assert torch.equal(saved[key], mask)
+        assert torch.equal(module.state_dict()[key], mask)
+
+
 def test_stochastic_weight_averaging_averages_the_adapters(tmp_path: Path):
     class Recorder(pl.Callback):
         def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -454,10 +455,13 @@ def test_two_forward_passes_at_two_ranks_and_one_backward_pass():
     torch.testing.assert_close(layer.lora_B.grad, B.grad)
 
 
-def test_a_rank_set_in_inference_mode_can_be_trained():
+@pytest.mark.parametrize(
+    "change", [lambda layer: layer.set_rank(2), lambda layer: layer.load_state_dict(make_layer().state_dict())]
+)
+def test_a_rank_set_in_inference_mode_can_be_trained(change: Callable):
     layer = make_layer()
     with torch.inference_mode():
-        layer.set_rank(2)
+        change(layer)
     layer(torch.randn(3, layer.in_features)).sum().backward()
     assert layer.lora_B.grad[:, :2].any()
     assert not layer.lora_B.grad[:, 2:].any()
