@@ -22,8 +22,9 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
     The context can be nested, and other threads that use the model are not affected. A compiled model has one graph
     with and one without adapters. Modules that are trained in full, such as a task head, stay as they are. Do not call
-    ``backward`` through activation checkpointing after the context has ended, because it would compute the forward pass
-    again, with the adapters. ``nn.DataParallel`` computes in other threads, where the adapters stay on.
+    ``backward`` through activation checkpointing, because it computes the forward pass again, after the context has
+    ended or in another thread, with the adapters. ``nn.DataParallel`` computes in other threads, where the adapters
+    stay on.
 
     Args:
         model: An adapted model, or a part of one.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lalora_lightning.layers.kernels import is_transformed
+from lalora_lightning.layers.kernels import is_transformed, without_autocast
 from lalora_lightning.layers.linear_kinds import is_quantized, linear_dtype
 
 __all__ = ["AdaptedWeight", "weight_on_use"]
@@ -59,6 +59,7 @@ class AdaptedWeight(Tensor):
     """
 
     _layer: Any
+    _factors: tuple[Tensor, Tensor]
     _rank_mask: Tensor
     _computed: Tensor | None
 
@@ -87,23 +88,31 @@ class AdaptedWeight(Tensor):
         )
         # Extensions that look for memory raise an error then, instead of reading from a null pointer.
         torch._C._set_throw_on_mutable_data_ptr(weight)
-        weight._layer, weight._rank_mask, weight._computed = layer, layer.rank_mask, None
+        weight._layer, weight._factors, weight._rank_mask = layer, (layer.lora_A, layer.lora_B), layer.rank_mask
+        weight._computed = None
         return weight
 
     def computed(self) -> Tensor:
         """Return the weight as a plain tensor without a graph, as it was when it was first used.
 
         Raises:
-            RuntimeError: The rank changed since the weight was read, so its gradients would be those of another rank.
+            RuntimeError: The factors were replaced since the weight was read, or the rank changed, so its gradients
+                would be those of another rank.
         """
         if self._computed is None:
-            if self.requires_grad and self._layer.rank_mask is not self._rank_mask:
+            layer = self._layer
+            if layer.lora_A is not self._factors[0] or layer.lora_B is not self._factors[1]:
+                raise RuntimeError(
+                    "Expected the factors to stay the same until the weight of a layer is used but they were replaced "
+                    "after the weight was read, as at the end of torch.func.functional_call; clone layer.weight there."
+                )
+            if self.requires_grad and layer.rank_mask is not self._rank_mask:
                 raise RuntimeError(
                     "Expected the rank to stay the same until the weight of a layer is used but it was changed after "
                     "the weight was read; read layer.weight again."
                 )
             with torch.inference_mode(False), torch.no_grad():
-                self._computed = self._layer.adapted_weight()
+                self._computed = layer.adapted_weight()
         return self._computed
 
     @classmethod
@@ -130,8 +139,7 @@ class _AdaptedWeightFunction(torch.autograd.Function):
         dtype = torch.promote_types(lora_A.dtype, torch.float32)
         slices = zip(ctx.layer.out_slices, ctx.layer.split(lora_A.to(dtype), lora_B.to(dtype)), strict=True)
         grads_A, grads_B = [], []
-        # Autocast would multiply in half precision.
-        with torch.autocast(g.device.type, enabled=False):
+        with without_autocast(g.device):
             for (start, stop), (A, B) in slices:
                 g_s = ctx.scaling * g[start:stop].to(dtype)
                 if ctx.needs_input_grad[1]:

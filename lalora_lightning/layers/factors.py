@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lalora_lightning import functional
 from lalora_lightning.initialization import FACTORIZATIONS, Init
-from lalora_lightning.layers.kernels import OutSlices
+from lalora_lightning.layers.kernels import OutSlices, without_autocast
 from lalora_lightning.layers.rank_masks import rank_mask
 from lalora_lightning.sharding import gathered
 
@@ -149,7 +149,7 @@ class LowRankFactors(nn.Module):
             )
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         A, B, mask = self._factors()
-        with torch.autocast(A.device.type, enabled=False):
+        with without_autocast(A.device):
             parts = [functional.singular_factors(A_s.to(dtype), B_s.to(dtype) * mask) for A_s, B_s in self.split(A, B)]
         new_A, new_B, values = zip(*parts, strict=True)
         return torch.cat(new_A), torch.cat(new_B), torch.stack(values)
@@ -169,8 +169,7 @@ class LowRankFactors(nn.Module):
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         increment = torch.zeros(self.out_features, self.in_features, device=self.lora_A.device, dtype=dtype)
         A, B, mask = self._factors()
-        # Autocast would multiply in half precision.
-        with torch.autocast(self.lora_A.device.type, enabled=False):
+        with without_autocast(A.device):
             for (start, stop), (A_s, B_s) in zip(self.out_slices, self.split(A, B), strict=True):
                 increment[start:stop] = self.scaling * (B_s.to(dtype) * mask) @ A_s.to(dtype)
         return increment

@@ -15,13 +15,14 @@ with the accuracy of the wider type. The frozen layer and the output stay in the
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["OutSlices", "TruncatedLoRAFunction", "add_adapter", "is_transformed", "truncated_lora"]
+__all__ = ["OutSlices", "TruncatedLoRAFunction", "add_adapter", "is_transformed", "truncated_lora", "without_autocast"]
 
 OutSlices = tuple[tuple[int, int], ...]
 """``(start, stop)`` ranges of output features, in ascending order and disjoint."""
@@ -42,6 +43,11 @@ def is_transformed(x: Any) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or (torch._C._len_torch_dispatch_stack() > 0 and _checkpoints_selectively())
     )
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which autocast does not multiply in half precision; the meta device has no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _checkpoints_selectively() -> bool:
@@ -145,7 +151,7 @@ class TruncatedLoRAFunction(torch.autograd.Function):
         """
         if torch.is_autocast_enabled(g.device.type):
             # A backward pass inside of autocast: the types are those of the forward pass.
-            with torch.autocast(g.device.type, enabled=False):
+            with without_autocast(g.device):
                 return TruncatedLoRAFunction.backward(ctx, g)
         if torch.is_grad_enabled():
             # The caller asked for a graph of the backward pass.
@@ -229,9 +235,13 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> No
     """Compute ``out += scaling * left right`` in place, without a temporary of the size of ``out``.
 
     Factors of a wider type are split into values of ``out``'s type and their remainders. One product of the type of
-    ``out`` then has nearly the accuracy of the wider type, because it is summed in float32 and rounded once.
+    ``out`` then has nearly the accuracy of the wider type, because it is summed in float32 and rounded once. Values
+    of the factors may be outside of float16's range, so its product is computed in the wider type.
     """
     if left.dtype != out.dtype:
+        if out.dtype == torch.float16:
+            out.add_(left @ right, alpha=scaling)
+            return
         (left, left_rest), (right, right_rest) = _split(left, out.dtype), _split(right, out.dtype)
         left, right = torch.cat([left, left_rest, left], dim=1), torch.cat([right, right, right_rest])
     out.addmm_(left, right, alpha=scaling)

@@ -46,9 +46,15 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def uses_own_weight(module: nn.Module) -> bool:
-    """Return whether a linear module computes with a parameter ``weight`` in floating point, which can be changed."""
+    """Return whether a linear module computes with a parameter ``weight`` in floating point, which can be changed.
+
+    A weight of 8 bits is only stored. Something else, such as a hook, converts it before each computation.
+    """
+    weight = module._parameters.get("weight")
     return (
-        type(module._parameters.get("weight")) in (nn.Parameter, Tensor)
+        weight is not None
+        and type(weight) in (nn.Parameter, Tensor)
+        and weight.dtype.itemsize > 1
         and (type(module).forward is nn.Linear.forward or is_conv1d(module))
         and "forward" not in module.__dict__
     )

@@ -4,14 +4,17 @@ import math
 from typing import get_args
 
 import torch
+from torch import nn
 
 from lalora_lightning.initialization import Init
+from lalora_lightning.layers.linear_kinds import linear_parameter
 
 __all__ = [
     "lora_scaling",
     "require_adapter_settings",
     "require_floating_point",
     "require_rank_that_fits",
+    "require_real",
     "require_slices",
 ]
 
@@ -43,6 +46,12 @@ def require_floating_point(compute_dtype: torch.dtype | None) -> None:
         raise ValueError(
             f"Expected compute_dtype to be a type such as torch.float32, or None, but got {compute_dtype!r}."
         )
+
+
+def require_real(base_layer: nn.Module) -> None:
+    """Raise a ValueError if the weight of a linear layer is complex, for which no gradients are derived here."""
+    if linear_parameter(base_layer).is_complex():
+        raise ValueError("Expected a weight of real numbers but got a complex one; leave the layer out.")
 
 
 def require_slices(out_slices: tuple[tuple[int, int], ...], out_features: int) -> None:

@@ -29,6 +29,7 @@ from lalora_lightning.layers.settings import (
     require_adapter_settings,
     require_floating_point,
     require_rank_that_fits,
+    require_real,
     require_slices,
 )
 from lalora_lightning.layers.switch import is_switched_off, new_switch
@@ -85,7 +86,7 @@ class TruncatedLoRALinear(LowRankFactors):
 
     Raises:
         TypeError: The base layer is not linear.
-        ValueError: rank, alpha, dropout, init or a slice is out of range.
+        ValueError: rank, alpha, dropout, init or a slice is out of range, or the base weight is complex.
 
     >>> layer = TruncatedLoRALinear(nn.Linear(6, 4), rank=2, alpha=4.0)
     >>> layer.set_rank(1)
@@ -122,6 +123,7 @@ class TruncatedLoRALinear(LowRankFactors):
         require_rank_that_fits(rank, slices, in_features)
         require_adapter_settings(rank, alpha, dropout, init)
         require_floating_point(compute_dtype)
+        require_real(base_layer)
         scaling = lora_scaling(alpha, rank, use_rslora)
         device = linear_device(base_layer) if device is None else device
         super().__init__(out_features, in_features, slices, rank, scaling, init, freeze_A, device, dtype)
@@ -185,10 +187,19 @@ class TruncatedLoRALinear(LowRankFactors):
         return self.base_weight if self.merged or is_switched_off(self.switch) else weight_on_use(self)
 
     def adapted_weight(self) -> Tensor:
-        """Compute the adapted weight ``(m, d)`` in float32 or wider, and cast it once."""
+        """Compute the adapted weight ``(m, d)`` in float32 or wider, and cast it once.
+
+        Raises:
+            RuntimeError: The base weight is offloaded, so that it has no values.
+        """
         base_weight = self.base_weight
         if self.merged:
             return base_weight
+        if base_weight.is_meta and not self.lora_A.is_meta:
+            raise RuntimeError(
+                "Expected a base weight with values but it is offloaded or on the meta device; call the layer instead "
+                "of reading its weight, or load the model without offloading."
+            )
         increment = self.increment()
         return (base_weight.to(increment.dtype) + increment).to(base_weight.dtype)
 
@@ -295,12 +306,14 @@ class TruncatedLoRALinear(LowRankFactors):
         Until then the layer keeps a copy of the original base weight.
 
         Raises:
-            RuntimeError: The layer is merged already.
+            RuntimeError: The layer is merged already, or its adapter is switched off.
             TypeError: The base weight is quantized, or the base layer does not compute with a weight of its own.
             ValueError: The merged weight would not be finite. The layer is left unchanged.
         """
         if self.merged:
             raise RuntimeError("Expected an unmerged layer but it is merged already; call unmerge() first.")
+        if is_switched_off(self.switch):
+            raise RuntimeError("Expected an adapter that is switched on but got one within disable_adapters.")
         if is_quantized(self.base_layer):
             raise TypeError(
                 f"Expected a weight in floating point but got a quantized one ({type(self.base_layer).__name__}, "

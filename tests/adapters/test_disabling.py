@@ -156,3 +156,9 @@ def test_what_cannot_be_switched_off_is_refused(model: TinyTransformer, adapted:
     merge_lora(adapted)
     with pytest.raises(RuntimeError, match="unmerged adapters"), disable_adapters(adapted):
         pass
+
+
+def test_merging_what_is_switched_off_is_refused(adapted: TinyTransformer):
+    with disable_adapters(adapted), pytest.raises(RuntimeError, match="switched on but got one within"):
+        merge_lora(adapted)
+    merge_lora(adapted)

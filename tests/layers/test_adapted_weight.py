@@ -228,6 +228,31 @@ def test_a_rank_that_changes_before_the_weight_is_used_is_an_error():
         assert torch.equal(weight, layer.weight)
 
 
+def test_a_weight_that_outlives_its_factors_is_an_error():
+    """It would be computed with the layer's own factors."""
+    layer = adapted()
+    model = nn.ModuleDict({"layer": layer})
+    model.forward = lambda: layer.weight
+    others = {"layer.lora_A": torch.ones_like(layer.lora_A), "layer.lora_B": torch.ones_like(layer.lora_B)}
+    for with_grad in (True, False):
+        with torch.set_grad_enabled(with_grad):
+            weight = functional_call(model, others, ())
+            with pytest.raises(RuntimeError, match="factors to stay the same"):
+                weight.sum()
+    model.forward = lambda: layer.weight.clone()
+    increment = layer.scaling * layer.rank * torch.ones_like(layer.base_weight)
+    torch.testing.assert_close(functional_call(model, others, ()), layer.base_weight + increment)
+
+
+def test_a_weight_without_values():
+    layer = adapted()
+    layer.base_layer.to("meta")
+    with pytest.raises(RuntimeError, match="it is offloaded or on the meta device; call the layer"):
+        layer.weight.sum()
+    layer.to("meta")
+    assert F.linear(X.to("meta"), layer.weight).is_meta
+
+
 class Reader(nn.Module):
     """Casts to the type of one projection, and reads the weight of the other."""
 

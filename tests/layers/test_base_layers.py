@@ -309,3 +309,21 @@ def test_selective_activation_checkpointing(saved: object):
         grads.append(torch.autograd.grad(forward(x).square().sum(), [x, layer.lora_A, layer.lora_B]))
     for own, other in zip(*grads, strict=True):
         torch.testing.assert_close(own / other.abs().max(), other / other.abs().max())
+
+
+def test_a_weight_that_is_only_stored_in_8_bits_cannot_be_merged():
+    """As with layerwise casting: a hook converts the weight, and merging into it would round the adapter away."""
+    base = nn.Linear(6, 4, bias=False).requires_grad_(False)
+    base.weight.data = base.weight.data.to(torch.float8_e4m3fn)
+    layer = adapted(base)
+    with pytest.raises(TypeError, match="computes with its own weight"):
+        layer.merge()
+    assert not layer.merged
+
+
+def test_a_complex_layer_is_refused():
+    model = TinyTransformer()
+    model.blocks[0].query = nn.Linear(8, 8, dtype=torch.complex64)
+    with pytest.raises(ValueError, match=r"Cannot adapt blocks\.0\.query\. Expected a weight of real numbers"):
+        add_lora(model, rank=2)
+    assert not lora_layers(model)

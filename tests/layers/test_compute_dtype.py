@@ -212,3 +212,16 @@ def test_add_lora_sets_it_for_every_layer():
 def test_types_that_are_refused(compute_dtype: object):
     with pytest.raises(ValueError, match=re.escape(f"or None, but got {compute_dtype!r}")):
         TruncatedLoRALinear(nn.Linear(4, 4), rank=2, compute_dtype=compute_dtype)
+
+
+def test_values_outside_of_the_range_of_float16_are_computed():
+    """PEFT computes the product in float32, too, and only its output is in float16."""
+    layer = make_layer(torch.float16)
+    nn.init.zeros_(layer.base_layer.weight)
+    nn.init.zeros_(layer.base_layer.bias)
+    nn.init.ones_(layer.lora_A)
+    nn.init.constant_(layer.lora_B, 1e-4)
+    x = torch.full((1, D), 2000.0, dtype=torch.float16)
+    # The hidden values are 128,000.
+    expected = torch.full((1, M), layer.scaling * 5 * D * 2000 * 1e-4)
+    torch.testing.assert_close(layer(x).float(), expected, rtol=1e-3, atol=0)
