@@ -264,15 +264,23 @@ class LaLoraCallback(AdapterCheckpoints):
         if self.allocator is not None and not self.allocator.drives(pl_module):
             self._forget()
         new_run = trainer.ckpt_path is None and self._restored is None
+        at_maximum = self.fixed_ranks is not False and trainer.ckpt_path is None and not self._is_condensed
+        raised = [n for n, layer in layers.items() if at_maximum and layer.rank < layer.max_rank and layer.is_trained()]
+        if raised:
+            rank_zero_warn(
+                f"La-LoRA: adapters that were trained at lower ranks ({raised[0]} the first) are raised to the maximum "
+                "rank; call trim_lora(module) before fit to keep their ranks."
+            )
         if self.allocator is None and (self.fixed_ranks is False or self.condensing.average_rank is not None):
             trained_before = self.fixed_ranks is False and new_run
             if trained_before and any(layer.is_trained() for layer in layers.values()):
                 rank_zero_warn(
                     "La-LoRA: the adapters have been trained already, and their ranks are reset; resume with "
-                    "fit(ckpt_path=...) to continue with the ranks of a run, or keep them with fixed_ranks."
+                    "fit(ckpt_path=...) to continue with the ranks of a run, or call trim_lora(module) and set "
+                    "fixed_ranks=True to keep them."
                 )
             self.allocator = RankAllocator(pl_module, **vars(self._settings_for(trainer)))
-        if self.fixed_ranks is not False and trainer.ckpt_path is None and not self._is_condensed:
+        if at_maximum:
             for layer in layers.values():
                 layer.set_rank(layer.max_rank)
         if self._restored is not None:

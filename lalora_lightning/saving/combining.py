@@ -51,8 +51,8 @@ def combine_lora(model: nn.Module, adapters: Mapping[str, float] | Iterable[tupl
         A summary to print.
 
     Raises:
-        ValueError: There are no adapters; a weight is not finite; an adapter does not fit the model; or modules were
-            trained in full and the weights add up to zero. The model is left unchanged.
+        ValueError: There are no adapters, or all their ranks are 0; a weight is not finite; an adapter does not fit the
+            model; or modules were trained in full and the weights add up to zero. The model is left unchanged.
         FileNotFoundError: There is no such file.
     """
     model = model_itself(model)
@@ -75,6 +75,8 @@ def combine_lora(model: nn.Module, adapters: Mapping[str, float] | Iterable[tupl
     for name in dict.fromkeys(name for factors, _ in loaded for name in factors):
         parts = [(w, *factors[name]) for w, (factors, _) in zip(weights, loaded, strict=True) if name in factors]
         layers[name] = _layer(modules[name], torch.cat([A for _, A, _ in parts]), [w * B for w, _, B in parts])
+    if not layers:
+        raise ValueError("Expected adapters with ranks above 0 but all ranks are 0.")
     trained = [p for name, p in named_parameters(model) if name in values]
     insert_layers(model, layers, trained)
     load_by_name(model, values)
@@ -114,17 +116,19 @@ def _ends_one(name: str, keys: Iterable[str]) -> bool:
 
 
 def _means(weights: list[float], values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the weighted mean of each value; what is not floating point, such as a counter, is that of the first."""
+    """Return the weighted mean of each value; a counter is that of the first, and equal values stay as they are."""
     means = {}
     for key in dict.fromkeys(key for each in values for key in each):
         parts = [(weight, each[key]) for weight, each in zip(weights, values, strict=True) if key in each]
-        total = sum(weight for weight, _ in parts)
-        if not parts[0][1].is_floating_point():
-            means[key] = parts[0][1]
+        total, first = sum(weight for weight, _ in parts), parts[0][1]
+        if not first.is_floating_point() or all(torch.equal(value, first) for _, value in parts):
+            means[key] = first
         elif total == 0:
             raise ValueError(f"Expected weights that do not add up to 0, to average {key}, but got {weights}.")
         else:
-            means[key] = sum((weight / total * value for weight, value in parts), torch.zeros_like(parts[0][1]))
+            dtype = torch.promote_types(first.dtype, torch.float32)
+            zeros = torch.zeros_like(first, dtype=dtype)
+            means[key] = sum((weight / total * value.to(dtype) for weight, value in parts), zeros).to(first.dtype)
     return means
 
 

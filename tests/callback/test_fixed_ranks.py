@@ -1,11 +1,14 @@
 """Runs at fixed ranks."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from lalora_lightning import LaLoraCallback, add_lora, lora_layers
+from lalora_lightning import LaLoraCallback, add_lora, lora_layers, trim_lora
 from tests.helpers.training import TinyClassifier, loader, new_trainer
 
 
@@ -49,9 +52,16 @@ def test_fixed_ranks_are_the_maximum_after_a_run_at_adaptive_ones(tmp_path):
     task = TinyClassifier()
     new_trainer(tmp_path, LaLoraCallback(rank=4, gamma=0.0)).fit(task, loader())
     assert {int(layer.rank) for layer in lora_layers(task).values()} == {1}
+    trimmed = copy.deepcopy(task)
     callback = LaLoraCallback(rank=4, fixed_ranks=True)
-    new_trainer(tmp_path, callback).fit(task, loader())
+    with pytest.warns(UserWarning, match=r"model\.blocks\.0\.query the first\) are raised to the maximum rank"):
+        new_trainer(tmp_path, callback).fit(task, loader())
     assert {int(layer.rank) for layer in lora_layers(task).values()} == {4}
+    trim_lora(trimmed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="La-LoRA")
+        new_trainer(tmp_path, LaLoraCallback(rank=4, fixed_ranks=True)).fit(trimmed, loader())
+    assert {int(layer.rank) for layer in lora_layers(trimmed).values()} == {1}
     with pytest.raises(RuntimeError, match="its ranks are fixed"):
         callback.plot()
 

@@ -128,13 +128,32 @@ def test_one_after_another(model: TinyTransformer):
     torch.testing.assert_close(model(x), expected(x))
 
 
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [1.0, 0.0], [1 / 3, 1 / 3]])
+def test_values_that_no_adapter_changed_stay_as_they_are(model: TinyTransformer, weights: list[float]):
+    """A weighted mean would be rounded, undefined for weights that add up to 0, and NaN for an infinite value."""
+    model.register_buffer("mask", torch.tensor([0.0, 0.1, -torch.inf]))
+    states = [lora_state_dict(trained(model, seed, rank=2, modules_to_save=[])) for seed in (1, 2)]
+    combine_lora(model, list(zip(states, weights, strict=True)))
+    assert model.mask.tolist() == torch.tensor([0.0, 0.1, -torch.inf]).tolist()
+
+
+def test_a_mean_in_half_precision_is_rounded_once(model: TinyTransformer):
+    model = model.to(torch.bfloat16)
+    states = [lora_state_dict(trained(model, seed, rank=2)) for seed in range(4)]
+    combine_lora(model, [(state, 0.25) for state in states])
+    mean = torch.stack([state["head.bias"].double() for state in states]).mean(0)
+    assert torch.equal(model.head.bias, mean.to(torch.bfloat16))
+
+
 def test_what_cannot_be_combined_leaves_the_model_as_it_was(tmp_path: Path, model: TinyTransformer):
     states = [lora_state_dict(trained(model, seed, rank=2)) for seed in (1, 2)]
+    ranks_of_0 = {key: torch.zeros(2) for key in states[0] if key.endswith("rank_mask")}
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for adapters, message in (
         ({}, "adapters with finite weights"),
         ([(states[0], float("nan"))], "adapters with finite weights"),
-        ([(states[0], 1.0), (states[1], -1.0)], r"do not add up to 0, to average head\.weight"),
+        ([(states[0], 1.0), (states[1], -1.0)], r"do not add up to 0, to average head\.bias"),
+        ([({**states[0], **ranks_of_0}, 1.0)], "ranks above 0"),
         ([(states[0], 1.0), ({"nothing": torch.ones(1)}, 1.0)], "Expected a state of LoRA layers"),
         ([(lora_state_dict(trained(TinyTransformer(width=16), 1, rank=2)), 1.0)], "Cannot load"),
     ):
