@@ -35,7 +35,7 @@ def is_transformed(x: Any) -> bool:
     checkpointing, which keeps outputs that must not be changed in place.
     """
     if torch.compiler.is_compiling():
-        return False
+        return torch._C._functorch.peek_interpreter_stack() is not None
     return (
         torch.jit.is_tracing()
         or isinstance(x, torch.fx.Proxy)

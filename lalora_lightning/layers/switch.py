@@ -3,6 +3,8 @@
 import itertools
 import threading
 
+import torch
+
 __all__ = ["change_switch", "is_switched_off", "new_switch"]
 
 # An attribute for each layer that is switched off: how often. There is none while it is on. torch.compile guards such
@@ -19,7 +21,8 @@ def new_switch() -> str:
 def change_switch(switch: str, change: int) -> None:
     """Switch off once more (1) or once less (-1) in this thread."""
     times = getattr(_switched_off, switch, 0) + change
-    if times:
+    # torch.compile cannot delete an attribute of a thread.
+    if times or torch.compiler.is_compiling():
         setattr(_switched_off, switch, times)
     else:
         delattr(_switched_off, switch)
@@ -27,4 +30,4 @@ def change_switch(switch: str, change: int) -> None:
 
 def is_switched_off(switch: str) -> bool:
     """Return whether a switch is off in this thread."""
-    return hasattr(_switched_off, switch)
+    return getattr(_switched_off, switch, 0) > 0

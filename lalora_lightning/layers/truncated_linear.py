@@ -254,6 +254,11 @@ class TruncatedLoRALinear(LowRankFactors):
         if traced is not None:
             return traced
         out = self.base_layer(x)
+        if isinstance(out, tuple):
+            raise TypeError(
+                f"Expected {type(self.base_layer).__name__} to return a tensor but got a tuple; leave the layer out of "
+                "target_modules."
+            )
         if self.merged:
             return out
         rows = x.reshape(-1, self.in_features)

@@ -123,6 +123,22 @@ def test_a_compiled_model_is_not_compiled_again_when_it_is_switched():
     assert len(graphs) == 2
 
 
+def test_a_compiled_function_that_switches():
+    torch._dynamo.reset()
+    plain, model = adapted_pair(TinyTransformer)
+
+    def change(x: Tensor) -> Tensor:
+        with disable_adapters(model):
+            base = model(x)
+        return model(x) - base
+
+    compiled = torch.compile(change, backend="eager", fullgraph=True)
+    expected = model(X) - plain(X)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(X), expected)
+        torch.testing.assert_close(change(X), expected)
+
+
 def test_preference_optimization_with_the_reference_from_the_same_weights():
     """DPO's loss (Rafailov et al., arXiv 2305.18290, Eq. 7) and its gradients equal those with a copy as reference."""
     plain, model = adapted_pair(families.llama)

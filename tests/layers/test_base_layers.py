@@ -198,6 +198,13 @@ def test_transformations_of_torch_func(base: type[nn.Linear]):
             torch.testing.assert_close(per_sample[name][i], p.grad)
 
 
+def test_transformations_of_torch_func_in_a_compiled_function():
+    torch._dynamo.reset()
+    layer = adapted(nn.Linear(6, 4))
+    compiled = torch.compile(lambda x: vmap(lambda row: layer(row))(x), backend="aot_eager")
+    torch.testing.assert_close(compiled(X), expected(layer, X))
+
+
 def test_forward_mode_differentiation():
     layer = adapted(nn.Linear(6, 4))
     tangent = torch.randn_like(X)
@@ -319,6 +326,13 @@ def test_a_weight_that_is_only_stored_in_8_bits_cannot_be_merged():
     with pytest.raises(TypeError, match="computes with its own weight"):
         layer.merge()
     assert not layer.merged
+
+
+def test_a_layer_with_several_outputs():
+    linear = nn.Linear(6, 4)
+    linear.forward = lambda x: (F.linear(x, linear.weight), linear.bias)
+    with pytest.raises(TypeError, match="Expected Linear to return a tensor but got a tuple; leave the layer out"):
+        adapted(linear)(X)
 
 
 def test_a_complex_layer_is_refused():
