@@ -34,12 +34,13 @@ def is_transformed(x: Any) -> bool:
     These are ``torch.jit.trace``, ``torch.fx``, ``torch.func``, forward-mode differentiation, and selective activation
     checkpointing, which keeps outputs that must not be changed in place.
     """
+    if torch._C._are_functorch_transforms_active():
+        return True
     if torch.compiler.is_compiling():
-        return torch._C._functorch.peek_interpreter_stack() is not None
+        return False
     return (
         torch.jit.is_tracing()
         or isinstance(x, torch.fx.Proxy)
-        or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
         or (torch._C._len_torch_dispatch_stack() > 0 and _checkpoints_selectively())
     )
