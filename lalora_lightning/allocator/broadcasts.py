@@ -10,9 +10,10 @@ __all__ = ["leave_masks_out_of_broadcasts"]
 
 
 def leave_masks_out_of_broadcasts(root: nn.Module) -> None:
-    """Let ``DistributedDataParallel`` not send the rank masks of a module before each forward pass.
+    """Let ``DistributedDataParallel`` not send the rank masks of a module.
 
-    Every process has to compute the same ranks, as a rank allocator does.
+    Every process has to compute the same ranks, as a rank allocator does, and to load the same state. The masks of
+    process 0 are not sent when the module is wrapped, either.
 
     Args:
         root: The module that will be wrapped.
