@@ -90,7 +90,6 @@ def condense_lora(
         RuntimeError: A layer is merged.
     """
     layers = require_lora_layers(model)
-    require_unmerged(layers)
     groups = group_names(layers, group_by)
     size = {"average_rank": average_rank, "parameters": parameters, "energy": energy}
     return condense_layers(layers, groups, size, min_rank, agree)
@@ -105,6 +104,7 @@ def condense_layers(
     agree: Callable[[Tensor], None] | None,
 ) -> Condensation:
     """Condense layers by name in these groups; see :func:`condense_lora`, which has the arguments in ``size``, too."""
+    require_unmerged(layers)
     costs = component_costs(layers, groups)
     limit = _require_size(costs, size, min_rank)
     factors = {name: _singular_factors(name, layer) for name, layer in layers.items()}
@@ -185,12 +185,9 @@ def _require_size(costs: Tensor, size: Mapping[str, float | None], min_rank: int
 
 def _singular_factors(name: str, layer: TruncatedLoRALinear) -> tuple[Tensor, Tensor, Tensor]:
     try:
-        A, B, values = layer.singular_factors()
+        return layer.singular_factors()
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise ValueError(f"Cannot condense {name}. {error}") from error
-    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-        raise ValueError(f"Cannot condense {name}. Expected finite factors but got NaN or Inf.")
-    return A, B, values
 
 
 def _worth(layers: Mapping[str, TruncatedLoRALinear], values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:

@@ -312,6 +312,7 @@ class RankAllocator:
 
         Raises:
             ValueError: ``average_rank`` is out of range, or an adapter cannot be condensed. Nothing is changed.
+            RuntimeError: A layer is merged.
         """
         size = {"average_rank": average_rank}
         condensation = condense_layers(self._layers, self._groups, size, self.settings.min_rank, agree)
