@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 
 __all__ = ["reset_optimizer_state"]
 
@@ -21,23 +22,30 @@ def reset_optimizer_state(optimizer: Optimizer, parameters: Iterable[nn.Paramete
             parameters, is reset as a whole.
         parameters: Parameters, of which the optimizer need not have all.
     """
+    # Lightning and accelerate wrap the optimizer of the user.
+    optimizer = getattr(optimizer, "optimizer", optimizer)
     chosen = set(parameters)
-    own = [p for group in optimizer.param_groups for p in group["params"] if p in chosen]
-    if isinstance(optimizer, LBFGS) and own:
-        optimizer.state.clear()
-    for parameter in own:
-        optimizer.state.pop(parameter, None)
-        initial = _initial_state(optimizer, parameter)
-        if initial:
-            optimizer.state[parameter] = initial
+    for group in optimizer.param_groups:
+        own = [p for p in group["params"] if p in chosen]
+        if isinstance(optimizer, LBFGS) and own:
+            optimizer.state.clear()
+        for parameter in own:
+            optimizer.state.pop(parameter, None)
+        optimizer.state.update(_initial_state(optimizer, {**group, "params": own}))
     for parameter in chosen:
         parameter.grad = None
 
 
-def _initial_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-    """Return the state that a new optimizer has before its first step, which is empty except for Adagrad's."""
+def _initial_state(optimizer: Optimizer, group: dict[str, Any]) -> dict[nn.Parameter, Any]:
+    """Return the state that a new optimizer has before its first step, which is empty except for Adagrad's.
+
+    Fused SGD cannot tell first steps apart by parameter, so it gets zeros, which make the same first
+    step without dampening.
+    """
+    if isinstance(optimizer, SGD) and group["fused"] and group["momentum"]:
+        return {p: {"momentum_buffer": torch.zeros_like(p)} for p in group["params"]}
     try:
-        return type(optimizer)([parameter], **optimizer.defaults).state[parameter]
+        return dict(type(optimizer)([group], **optimizer.defaults).state) if group["params"] else {}
     except Exception:
         # An optimizer of another library, whose constructor has other arguments.
         return {}
