@@ -21,7 +21,7 @@ X, Y = torch.randn(8, 5, 8, generator=torch.Generator().manual_seed(0)), torch.a
 def optimizer_settings() -> Iterator[Any]:
     """Every optimizer of torch, in every implementation, that can be built for dense matrices on the CPU."""
     variants: list[dict[str, Any]] = [{}]
-    for name in ("foreach", "fused", "capturable", "amsgrad", "nesterov", "centered", "maximize", "differentiable"):
+    for name in ("foreach", "fused", "capturable", "amsgrad", "nesterov", "centered", "differentiable"):
         variants.append({name: True})
     variants += [
         {"momentum": 0.9},
