@@ -320,6 +320,7 @@ class RankAllocator:
             reset_optimizer_state(optimizer, [p for layer in self._projections for p in (layer.lora_A, layer.lora_B)])
         self.condensed = True
         self._follow_model()
+        self.budget = (self.ranks * self.costs).sum()
         return condensation
 
     def _measured(self, ranks: Tensor) -> Tensor:

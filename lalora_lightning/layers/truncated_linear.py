@@ -27,6 +27,7 @@ from lalora_lightning.layers.linear_kinds import (
 from lalora_lightning.layers.settings import (
     lora_scaling,
     require_adapter_settings,
+    require_floating_point,
     require_rank_that_fits,
     require_slices,
 )
@@ -63,11 +64,14 @@ class TruncatedLoRALinear(LowRankFactors):
         dropout: Probability of dropping an entry of the adapter's input during training.
         out_slices: ``(start, stop)`` ranges of output features to adapt; by default one slice with all features.
         device: Device of the adapter; by default that of the base weight.
-        dtype: Data type of the adapter's parameters. They are cast to the input's type for computing.
+        dtype: Data type of the adapter's parameters.
         init: Initialization of ``lora_A`` and ``lora_B``, see :mod:`lalora_lightning.initialization`.
         use_rslora: Scale by ``alpha / sqrt(rank)`` (rank-stabilized LoRA, arXiv 2312.03732).
         freeze_A: Train ``lora_B`` only (LoRA-FA, arXiv 2308.03303). The layer's input is then not kept for the
             backward pass.
+        compute_dtype: Data type in which the adapter is computed; by default that of the input. With float32 over a
+            bfloat16 base layer, the gradients of the adapter are as accurate as in float32, and a training step is
+            slower. Under autocast, its type is used.
 
     Attributes:
         lora_A: ``(r, d)``, or ``(S r, d)`` for S slices.
@@ -104,6 +108,7 @@ class TruncatedLoRALinear(LowRankFactors):
         init: Init = "kaiming",
         use_rslora: bool = False,
         freeze_A: bool = False,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         if not is_linear(base_layer):
             raise TypeError(
@@ -115,12 +120,14 @@ class TruncatedLoRALinear(LowRankFactors):
         require_slices(slices, out_features)
         require_rank_that_fits(rank, slices, in_features)
         require_adapter_settings(rank, alpha, dropout, init)
+        require_floating_point(compute_dtype)
         scaling = lora_scaling(alpha, rank, use_rslora)
         device = linear_device(base_layer) if device is None else device
         super().__init__(out_features, in_features, slices, rank, scaling, init, freeze_A, device, dtype)
         keep_plain_format(base_layer)
         self.base_layer = base_layer
         self.dropout = dropout
+        self.compute_dtype = compute_dtype
         self.merged = False
         self._unmerged_weight: Tensor | None = None
         self.reset_parameters()
@@ -216,13 +223,14 @@ class TruncatedLoRALinear(LowRankFactors):
         rows = x.reshape(-1, self.in_features)
         lora_rows = F.dropout(rows, self.dropout) if self.training and self.dropout > 0 else None
         A, B, mask = self._factors()
+        compute_dtype = (self.compute_dtype or x.dtype) if dtype is None else dtype
         fixed = mask, self.scaling, self.out_slices
         weight, bias = self._base_parameters(dtype)
         if torch.is_grad_enabled():
-            out = TruncatedLoRAFunction.apply(rows, lora_rows, weight, bias, A, B, *fixed)
+            out = TruncatedLoRAFunction.apply(rows, lora_rows, weight, bias, A, B, *fixed, compute_dtype)
         else:
             # Without a backward pass, an autograd node would only cost time.
-            out, _ = truncated_lora(rows, lora_rows, weight, bias, A.to(x.dtype), B.to(x.dtype), *fixed)
+            out, _ = truncated_lora(rows, lora_rows, weight, bias, A.to(compute_dtype), B.to(compute_dtype), *fixed)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _call_base_layer(self, x: Tensor) -> Tensor:
@@ -237,7 +245,9 @@ class TruncatedLoRALinear(LowRankFactors):
         if self.training and self.dropout > 0:
             rows = F.dropout(rows, self.dropout)
         A, B, mask = self._factors()
-        adapted = add_adapter(out.reshape(-1, self.out_features), rows, A, B, mask, self.scaling, self.out_slices)
+        dtype = self.compute_dtype or x.dtype
+        fixed = mask, self.scaling, self.out_slices
+        adapted = add_adapter(out.reshape(-1, self.out_features), rows, A.to(dtype), B.to(dtype), *fixed)
         return adapted.reshape(out.shape).to(out.dtype)
 
     def _base_parameters(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
