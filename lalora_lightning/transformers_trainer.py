@@ -54,8 +54,8 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, condense_to: float | None = None, condense_at: int | float = 0.7, **settings: Any) -> None:
-        AllocationSettings(**settings)
-        require_condensing(condense_to, condense_at)
+        allocation = AllocationSettings(**settings)
+        require_condensing(condense_to, condense_at, allocation.min_rank)
         self.condense_to, self.condense_at = condense_to, condense_at
         self.settings = settings
         self.allocator: RankAllocator | None = None
@@ -78,7 +78,10 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
                     "their ranks, use the same LaLoraTrainerCallback or resume_from_checkpoint.",
                     stacklevel=2,
                 )
-            self.allocator = RankAllocator(model, **self.settings)
+            allocator = RankAllocator(model, **self.settings)
+            if self.condense_to is not None:
+                allocator.require_condensable(self.condense_to)
+            self.allocator = allocator
         require_trainable(model)
         enable_input_gradients(model)
         self._gradients = GradientMonitor(model)

@@ -1,7 +1,13 @@
 """Adapting a model: finding targets and the task head; inserting, inspecting, merging and removing layers."""
 
 from lalora_lightning.adapters.adaptation import add_lora
-from lalora_lightning.adapters.condensing import Condensation, component_costs, condense_layers, condense_lora
+from lalora_lightning.adapters.condensing import (
+    Condensation,
+    component_costs,
+    condense_layers,
+    condense_lora,
+    require_no_initial_factors,
+)
 from lalora_lightning.adapters.gradients import (
     GradientMonitor,
     disable_input_gradients,
@@ -50,6 +56,7 @@ __all__ = [
     "remove_layers",
     "require_gradients",
     "require_lora_layers",
+    "require_no_initial_factors",
     "require_trainable",
     "require_unmerged",
     "summarize",

@@ -14,7 +14,13 @@ from lalora_lightning.layers import TruncatedLoRALinear
 from lalora_lightning.names import GroupBy, group_names
 from lalora_lightning.sharding import scatter_into
 
-__all__ = ["Condensation", "component_costs", "condense_layers", "condense_lora"]
+__all__ = [
+    "Condensation",
+    "component_costs",
+    "condense_layers",
+    "condense_lora",
+    "require_no_initial_factors",
+]
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,19 @@ def component_costs(layers: Mapping[str, TruncatedLoRALinear], groups: Mapping[s
         groups: Names of the projections of each layer.
     """
     return torch.tensor([sum(_cost(layers[name]) for name in names) for names in groups.values()])
+
+
+def require_no_initial_factors(layers: Mapping[str, TruncatedLoRALinear]) -> None:
+    """Check that the increments are products of two factors.
+
+    Raises:
+        ValueError: A layer has initial factors (PiSSA, OLoRA, MiLoRA).
+    """
+    for name, layer in layers.items():
+        try:
+            layer.require_no_initial_factors()
+        except ValueError as error:
+            raise ValueError(f"Cannot condense {name}. {error}") from error
 
 
 def _cost(layer: TruncatedLoRALinear) -> int:

@@ -3,11 +3,13 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import nn
-from torch.optim import LBFGS, SGD, Optimizer
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Adadelta, Adafactor, Adam, Adamax, Optimizer, RAdam, RMSprop
 
 __all__ = ["reset_optimizer_state"]
+
+_ZERO_AT_FIRST = (Adadelta, Adafactor, Adam, Adamax, RAdam, RMSprop, SGD)
+"""Optimizers whose state consists of zeros before the first step."""
 
 
 def reset_optimizer_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -27,6 +29,12 @@ def reset_optimizer_state(optimizer: Optimizer, parameters: Iterable[nn.Paramete
     chosen = set(parameters)
     for group in optimizer.param_groups:
         own = [p for p in group["params"] if p in chosen]
+        if isinstance(optimizer, _ZERO_AT_FIRST):
+            # Not removed: checkpoints of sharded parameters and fused SGD need a state for all parameters or for none.
+            for value in [value for p in own for value in optimizer.state.get(p, {}).values()]:
+                if isinstance(value, Tensor):
+                    value.zero_()
+            continue
         if isinstance(optimizer, LBFGS) and own:
             optimizer.state.clear()
         for parameter in own:
@@ -36,14 +44,8 @@ def reset_optimizer_state(optimizer: Optimizer, parameters: Iterable[nn.Paramete
         parameter.grad = None
 
 
-def _initial_state(optimizer: Optimizer, group: dict[str, Any]) -> dict[nn.Parameter, Any]:
-    """Return the state that a new optimizer has before its first step, which is empty except for Adagrad's.
-
-    Fused SGD cannot tell first steps apart by parameter, so it gets zeros, which make the same first
-    step without dampening.
-    """
-    if isinstance(optimizer, SGD) and group["fused"] and group["momentum"]:
-        return {p: {"momentum_buffer": torch.zeros_like(p)} for p in group["params"]}
+def _initial_state(optimizer: Optimizer, group: dict[str, Any]) -> dict[Tensor, Any]:
+    """Return the state that a new optimizer has before its first step, which is empty except for Adagrad's."""
     try:
         return dict(type(optimizer)([group], **optimizer.defaults).state) if group["params"] else {}
     except Exception:

@@ -16,13 +16,14 @@ class CondensingSchedule:
     Args:
         average_rank: As many parameters as LoRA with this rank on the same projections; None to never condense.
         at: Number of optimizer steps (an integer) or fraction of the run (a float) after which to condense.
+        min_rank: Minimum rank of a layer.
 
     Raises:
         ValueError: An argument is out of range.
     """
 
-    def __init__(self, average_rank: float | None, at: int | float) -> None:
-        require_condensing(average_rank, at)
+    def __init__(self, average_rank: float | None, at: int | float, min_rank: int) -> None:
+        require_condensing(average_rank, at, min_rank)
         self.average_rank, self.at = average_rank, at
         # The allocator's step after which to condense; None before a run.
         self._step: int | None = None

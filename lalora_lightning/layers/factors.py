@@ -161,8 +161,9 @@ class LowRankFactors(nn.Module):
         """
         if self.start_A is not None:
             raise ValueError(
-                f"Expected an adapter without initial factors but got one with init={self.init!r}; save it with "
-                "save_peft_adapter, which folds them in, and load that with load_peft_adapter."
+                f"Expected an adapter without initial factors but got one with init={self.init!r}; train with "
+                'init="kaiming" or "orthogonal", or save the adapter with save_peft_adapter, which folds them in, and '
+                "load that with load_peft_adapter."
             )
 
     def split(self, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -65,7 +65,7 @@ def rank_totals(allocator: RankAllocator, model: nn.Module) -> str:
         f"total rank {total} of LoRA's {full} ({total / full:.0%}), budget {budget:.1f}",
         f"adapters {_size(whole)}, trimmed to these ranks {_size(trimmed)}",
     ]
-    if budget < 0.9 * most:
+    if budget < 0.9 * most and not allocator.condensed:
         lines.append(f"The budget ended below its maximum of {most:g}; increase gamma or train longer.")
     return "\n".join(lines)
 
