@@ -124,6 +124,24 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
             agree = broadcast_from_first if args.world_size > 1 else None
             self.allocator.condense(self.condense_to, [kwargs["optimizer"]], agree)
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn if the adapters of the final model were not condensed."""
+        if self.allocator is None or self.condense_to is None:
+            return
+        if not self.allocator.condensed:
+            reason = f"the run ended at step {state.global_step}"
+        elif self.allocator.read()[1] > self.condense_to * len(self.allocator.layer_names) + 1e-3:
+            reason = f"{state.best_model_checkpoint} was loaded, which is from before that step"
+        else:
+            return
+        warnings.warn(
+            f"La-LoRA: the adapters of the model are not condensed, because {reason}; call condense_lora(model, "
+            f"average_rank={self.condense_to}), or lower condense_at.",
+            stacklevel=2,
+        )
+
     def on_log(
         self,
         args: TrainingArguments,

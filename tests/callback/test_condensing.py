@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, lora_layers, trim_lora
+from lalora_lightning.callback.history import PendingReadings
 from lalora_lightning.runs import read_run
+from recipes.benchmarks.operations import SYNCHRONIZING, OperationCounter
 from tests.helpers.models import TinyTransformer
 from tests.helpers.processes import STEPS, ShardedClassifier, batches, in_processes, strategy_of
 from tests.helpers.training import DroppingClassifier, TinyClassifier, loader, new_trainer
@@ -295,6 +297,37 @@ def test_logs_have_every_change_at_its_step(tmp_path: Path):
     assert set(changes) <= logged.keys()
     assert all(history[step] == ranks for step, ranks in logged.items())
     callback.plot()
+
+
+@pytest.mark.parametrize("settings", [{}, {"min_rank": 0, "group_by": "module"}, {"contribution": "fisher"}], ids=str)
+def test_no_step_waits_for_the_device(settings: dict[str, Any]):
+    """The meta device has no values, so whatever asks for one is an error."""
+    with torch.device("meta"):
+        model = TinyTransformer()
+        add_lora(model, rank=4)
+        allocator, pending = RankAllocator(model, **settings), PendingReadings()
+        for step in range(1, 4):
+            allocator.observe_gradients()
+            allocator.step()
+            pending.note(step, step - 1, allocator)
+        assert len(pending) == 3
+        with pytest.raises(NotImplementedError, match="meta"):
+            pending.collect(allocator)
+
+
+def test_only_logging_steps_wait_for_the_device(tmp_path: Path):
+    """A copy from the device, of everything at once, and no operation that waits for it."""
+    counts: dict[int, int] = {}
+
+    class Counted(LaLoraCallback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            with OperationCounter() as counter:
+                super().on_train_batch_end(trainer, *args)
+            counts[trainer.global_step] = sum(counter.counts[name] for name in SYNCHRONIZING)
+
+    callback = Counted(rank=4, condense_to=1.5, condense_at=12)
+    new_trainer(tmp_path, callback, log_every_n_steps=9, max_steps=20, max_epochs=-1).fit(TinyClassifier(), loader())
+    assert {step for step, count in counts.items() if count} == {12}
 
 
 def test_memory_stays_bounded_without_logging_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
