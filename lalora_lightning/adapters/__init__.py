@@ -8,6 +8,7 @@ from lalora_lightning.adapters.condensing import (
     condense_lora,
     require_no_initial_factors,
 )
+from lalora_lightning.adapters.disabling import disable_adapters
 from lalora_lightning.adapters.gradients import (
     GradientMonitor,
     disable_input_gradients,
@@ -42,6 +43,7 @@ __all__ = [
     "component_costs",
     "condense_layers",
     "condense_lora",
+    "disable_adapters",
     "disable_input_gradients",
     "enable_input_gradients",
     "find_head",

@@ -360,7 +360,7 @@ class LaLoraCallback(AdapterCheckpoints):
             self._log_readings(trainer, pl_module, metrics)
         else:
             self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer) - 1)
-        self.condensing.end(self.allocator)
+        self.condensing.end(trainer, self.allocator)
         if self.allocator is None or not trainer.is_global_zero:
             return
         self._log.results(trainer, self.plot)

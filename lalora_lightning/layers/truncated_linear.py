@@ -31,6 +31,7 @@ from lalora_lightning.layers.settings import (
     require_rank_that_fits,
     require_slices,
 )
+from lalora_lightning.layers.switch import is_switched_off, new_switch
 
 __all__ = ["TruncatedLoRALinear"]
 
@@ -129,6 +130,7 @@ class TruncatedLoRALinear(LowRankFactors):
         self.dropout = dropout
         self.compute_dtype = compute_dtype
         self.merged = False
+        self.switch = new_switch()
         self._unmerged_weight: Tensor | None = None
         self.reset_parameters()
         self.register_state_dict_pre_hook(state_hooks.require_unmerged_to_save)
@@ -180,7 +182,7 @@ class TruncatedLoRALinear(LowRankFactors):
 
         It is computed by the first operation that uses it. Shape, data type and device take no computation.
         """
-        return self.base_weight if self.merged else weight_on_use(self)
+        return self.base_weight if self.merged or is_switched_off(self.switch) else weight_on_use(self)
 
     def adapted_weight(self) -> Tensor:
         """Compute the adapted weight ``(m, d)`` in float32 or wider, and cast it once."""
@@ -204,6 +206,8 @@ class TruncatedLoRALinear(LowRankFactors):
         Returns:
             ``(..., m)`` in the input's type, or in autocast's type under autocast.
         """
+        if is_switched_off(self.switch):
+            return self.base_layer(x)
         if is_transformed(x) or not is_plain(self.base_layer):
             return self._call_base_layer(x)
         device_type = x.device.type
@@ -330,6 +334,11 @@ class TruncatedLoRALinear(LowRankFactors):
         self.base_weight.copy_(self._unmerged_weight)
         self._unmerged_weight = None
         self.merged = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled layer; it is switched on, whatever the original is."""
+        super().__setstate__(state)
+        self.switch = new_switch()
 
     def extra_repr(self) -> str:
         """Return the current rank and the scaling, and slices and dropout if they are not the defaults."""

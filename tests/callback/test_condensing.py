@@ -389,6 +389,13 @@ def test_a_run_that_ends_before_is_told(tmp_path: Path):
         new_trainer(tmp_path, callback, stopping, max_epochs=10).fit(TinyClassifier(), loader())
 
 
+def test_a_trial_of_one_step_is_no_run_that_is_too_short(tmp_path: Path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="La-LoRA")
+        callback = LaLoraCallback(rank=4, condense_to=1.5, condense_at=100)
+        new_trainer(tmp_path, callback, fast_dev_run=True).fit(TinyClassifier(), loader(), loader(2))
+
+
 def test_a_run_of_unknown_length_needs_a_number_of_steps(tmp_path: Path):
     callback = LaLoraCallback(rank=4, condense_to=1.5)
     with pytest.raises(ValueError, match=r"known length for condense_at=0\.7"):
@@ -483,6 +490,17 @@ def test_settings_that_cannot_work_are_refused_at_the_start(tmp_path: Path, sett
     with pytest.raises(ValueError, match=message):
         new_trainer(tmp_path, callback).fit(module, loader())
     assert module.optimizer_steps == 0
+
+
+def test_the_rank_report_of_fixed_ranks_has_no_contributions(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    callback = LaLoraCallback(rank=4, fixed_ranks=True, condense_to=1.5)
+    new_trainer(tmp_path, callback, enable_model_summary=True).fit(TinyClassifier(), loader())
+    out = capsys.readouterr().out
+    assert "nan" not in out
+    ranks = callback.allocator.ranks.tolist()
+    assert [line.split()[:4] for line in out.splitlines() if "█" in line] == [
+        [str(i), str(rank), "-", "-"] for i, rank in enumerate(ranks)
+    ]
 
 
 @pytest.mark.parametrize("min_rank", [0, 1])
