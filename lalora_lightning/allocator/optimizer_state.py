@@ -4,12 +4,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adadelta, Adafactor, Adam, Adamax, Optimizer, RAdam, RMSprop
+from torch.optim import LBFGS, SGD, Adadelta, Adafactor, Adam, Adamax, NAdam, Optimizer, RAdam, RMSprop
 
 __all__ = ["reset_optimizer_state"]
 
-_ZERO_AT_FIRST = (Adadelta, Adafactor, Adam, Adamax, RAdam, RMSprop, SGD)
-"""Optimizers whose state consists of zeros before the first step."""
+_ZERO_AT_FIRST = (Adadelta, Adafactor, Adam, Adamax, NAdam, RAdam, RMSprop, SGD)
+"""Optimizers whose state consists of zeros before the first step, apart from NAdam's ``mu_product``, which is 1.
+
+For SGD, this holds without dampening.
+"""
 
 
 def reset_optimizer_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -31,9 +34,9 @@ def reset_optimizer_state(optimizer: Optimizer, parameters: Iterable[nn.Paramete
         own = [p for p in group["params"] if p in chosen]
         if isinstance(optimizer, _ZERO_AT_FIRST):
             # Not removed: checkpoints of sharded parameters and fused SGD need a state for all parameters or for none.
-            for value in [value for p in own for value in optimizer.state.get(p, {}).values()]:
+            for key, value in [item for p in own for item in optimizer.state.get(p, {}).items()]:
                 if isinstance(value, Tensor):
-                    value.zero_()
+                    value.fill_(1.0 if key == "mu_product" else 0.0)
             continue
         if isinstance(optimizer, LBFGS) and own:
             optimizer.state.clear()
