@@ -34,7 +34,7 @@ from lalora_lightning.callback import compatibility
 from lalora_lightning.callback.checkpoint_hooks import AdapterCheckpoints
 from lalora_lightning.callback.checks import LearningChecks
 from lalora_lightning.callback.condensing import CondensingSchedule, steps_of
-from lalora_lightning.callback.history import MAX_READINGS, PendingReadings, Reading, record_reading, thinned
+from lalora_lightning.callback.history import RankHistory, Reading
 from lalora_lightning.callback.loggers import RunLog, costs
 from lalora_lightning.callback.precision import keep_adapters_in_float32, warn_about_half_precision
 from lalora_lightning.callback.pruning import leave_adapters_unpruned, require_unpruned_adapters
@@ -189,7 +189,6 @@ class LaLoraCallback(AdapterCheckpoints):
         self.fixed_ranks = fixed_ranks
 
         self.allocator: RankAllocator | None = None
-        self.history: list[Reading] = []
         self._module: pl.LightningModule | None = None
         # The layers that this callback inserted, to which its settings apply.
         self._inserted: list[TruncatedLoRALinear] = []
@@ -198,11 +197,7 @@ class LaLoraCallback(AdapterCheckpoints):
         self._last_step: int | None = None
         # The allocator's steps before the current Trainer's first one.
         self._earlier_steps = 0
-        self._pending = PendingReadings()
-        # Readings that are in the history but not in the logs, with Lightning's step for logging.
-        self._unlogged: dict[int, Reading] = {}
-        # Number of steps with NaN or Inf that have already been reported.
-        self._skipped = 0
+        self._history = RankHistory()
         # The state that was loaded before the allocator was built.
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Tensor] | None = None
@@ -316,10 +311,10 @@ class LaLoraCallback(AdapterCheckpoints):
         reset_peak_memory(pl_module.device)
         if self.allocator is not None:
             if trainer.ckpt_path is None:
-                self._unlogged.clear()
+                self._history.drop_unlogged()
             if not is_behind:
                 # For the history only: as with the module's own metrics, logs begin after the first step.
-                self._pending.note(trainer.global_step, None, self.allocator)
+                self._history.note(trainer.global_step, None, self.allocator)
             self._read()
             self._log.layout(trainer)
 
@@ -356,10 +351,10 @@ class LaLoraCallback(AdapterCheckpoints):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log time, memory and final ranks, draw the trajectories and print the rank report."""
         metrics = costs(pl_module, time.monotonic() - self._started)
-        if self._pending or self._unlogged:
-            self._log_readings(trainer, pl_module, metrics)
-        else:
+        if self._history.is_logged():
             self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer) - 1)
+        else:
+            self._log_readings(trainer, pl_module, metrics)
         self.condensing.end(trainer, self.allocator)
         if self.allocator is None or not trainer.is_global_zero:
             return
@@ -406,8 +401,7 @@ class LaLoraCallback(AdapterCheckpoints):
             "allocator": None if self.allocator is None else self.allocator.state_dict(),
             "last_step": self._last_step,
             "earlier_steps": self._earlier_steps,
-            "history": [[step, ranks, budget] for step, ranks, budget in self.history],
-            "unlogged": [[logged_step, step] for logged_step, (step, *_) in self._unlogged.items()],
+            **self._history.state_dict(),
             "random": random_state(),
         }
 
@@ -425,16 +419,20 @@ class LaLoraCallback(AdapterCheckpoints):
             self._restored = None if isinstance(state_dict, Mapping) and not state_dict else state_dict
 
     @property
+    def history(self) -> list[Reading]:
+        """``(step, ranks, budget)`` of the optimizer steps so far."""
+        return self._history.readings
+
+    @property
     def _has_state(self) -> bool:
         """Whether fit has begun."""
         return self.allocator is not None or self._last_step is not None
 
     def _forget(self) -> None:
         """Reset everything that belongs to a run with other layers."""
-        self.allocator, self.history, self._skipped = None, [], 0
+        self.allocator, self._history = None, RankHistory()
         self._last_step = self._restored = self._random = None
         self._earlier_steps = 0
-        self._pending, self._unlogged = PendingReadings(), {}
 
     def _is_built_later(self, pl_module: pl.LightningModule) -> bool:
         """Return whether the module may build its model after ``setup`` of the callback, and adapt it itself."""
@@ -454,13 +452,7 @@ class LaLoraCallback(AdapterCheckpoints):
             )
         if self.allocator is not None:
             self.allocator.load_state_dict(state_dict["allocator"])
-            self._skipped = int(self.allocator.skipped)
-        self.history = [(step, list(ranks), budget) for step, ranks, budget in state_dict["history"]]
-        readings = {reading[0]: reading for reading in self.history}
-        # States of earlier versions do not have it.
-        unlogged = state_dict.get("unlogged", [])
-        self._unlogged = {logged_step: readings[step] for logged_step, step in unlogged if step in readings}
-        self._pending = PendingReadings()
+        self._history.load_state_dict(state_dict, 0 if self.allocator is None else int(self.allocator.skipped))
         self._restored = None
         self._last_step = state_dict["last_step"]
         # States of version 0.1.0 do not have it.
@@ -485,30 +477,17 @@ class LaLoraCallback(AdapterCheckpoints):
         """Update the ranks after an optimizer step, condense if it is time to, and note the ranks of the step."""
         allocator.step()
         self.condensing.after_step(trainer, allocator)
-        self._pending.note(trainer.global_step, compatibility.completed_steps(trainer), allocator)
+        self._history.note(trainer.global_step, compatibility.completed_steps(trainer), allocator)
 
     def _read(self) -> None:
-        """Read ranks and budgets from the device, record them, and warn about skipped steps."""
+        """Read ranks and budgets from the device, and warn about skipped steps."""
         assert self.allocator is not None
-        readings, logged_steps, skipped = self._pending.collect(self.allocator)
-        if skipped > self._skipped:
+        skipped = self._history.read(self.allocator)
+        if skipped > 0:
             rank_zero_warn(
-                f"La-LoRA: {skipped - self._skipped} optimizer steps since the last report left weights that are "
-                "NaN or Inf; ranks and budget did not change. Lower the learning rate or clip gradients."
+                f"La-LoRA: {skipped} optimizer steps since the last report left weights that are NaN or Inf; ranks and "
+                "budget did not change. Lower the learning rate or clip gradients."
             )
-            self._skipped = skipped
-        for reading in readings:
-            record_reading(self.history, *reading)
-        self._unlogged |= {
-            step: reading for step, reading in zip(logged_steps, readings, strict=True) if step is not None
-        }
-        if len(self._unlogged) > MAX_READINGS:
-            self._unlogged = self._thinned_unlogged()
-
-    def _thinned_unlogged(self) -> dict[int, Reading]:
-        """Return the readings that are not in the logs, without those where no rank changes."""
-        kept = {step for step, *_ in thinned(list(self._unlogged.values()), MAX_READINGS)}
-        return {logged_step: reading for logged_step, reading in self._unlogged.items() if reading[0] in kept}
 
     def _log_readings(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, others: Mapping[str, float] | None = None
@@ -521,15 +500,12 @@ class LaLoraCallback(AdapterCheckpoints):
         assert self.allocator is not None
         names = self.allocator.layer_names
         self._read()
-        logged_step = max(self._unlogged)
-        _, ranks, budget = self._unlogged[logged_step]
-        for earlier_step, (_, earlier_ranks, earlier_budget) in self._thinned_unlogged().items():
-            if earlier_step != logged_step:
-                self._log.metrics(trainer, log_keys.rank_metrics(names, earlier_ranks, earlier_budget), earlier_step)
-        self._unlogged.clear()
+        *earlier, (last_step, (_, ranks, budget)) = self._history.take_unlogged().items()
+        for logged_step, (_, earlier_ranks, earlier_budget) in earlier:
+            self._log.metrics(trainer, log_keys.rank_metrics(names, earlier_ranks, earlier_budget), logged_step)
         metrics = log_keys.rank_metrics(names, ranks, budget) | dict(others or {})
         if self.log_sparsity:
             sparsity = layer_sparsity(pl_module, self.allocation_settings.group_by).tolist()
             metrics |= {log_keys.sparsity_key(name): share for name, share in zip(names, sparsity, strict=True)}
-        self._log.metrics(trainer, metrics, logged_step)
+        self._log.metrics(trainer, metrics, last_step)
         return metrics

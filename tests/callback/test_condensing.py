@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, lora_layers, trim_lora
-from lalora_lightning.callback.history import PendingReadings
+from lalora_lightning.callback.history import RankHistory
 from lalora_lightning.runs import read_run
 from recipes.benchmarks.operations import SYNCHRONIZING, OperationCounter
 from tests.helpers.models import TinyTransformer
@@ -305,14 +305,13 @@ def test_no_step_waits_for_the_device(settings: dict[str, Any]):
     with torch.device("meta"):
         model = TinyTransformer()
         add_lora(model, rank=4)
-        allocator, pending = RankAllocator(model, **settings), PendingReadings()
+        allocator, history = RankAllocator(model, **settings), RankHistory()
         for step in range(1, 4):
             allocator.observe_gradients()
             allocator.step()
-            pending.note(step, step - 1, allocator)
-        assert len(pending) == 3
+            history.note(step, step - 1, allocator)
         with pytest.raises(NotImplementedError, match="meta"):
-            pending.collect(allocator)
+            history.read(allocator)
 
 
 def test_only_logging_steps_wait_for_the_device(tmp_path: Path):
@@ -332,13 +331,13 @@ def test_only_logging_steps_wait_for_the_device(tmp_path: Path):
 
 def test_memory_stays_bounded_without_logging_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lalora_lightning.callback.history.MAX_READINGS", 40)
-    monkeypatch.setattr("lalora_lightning.callback.callback.MAX_READINGS", 40)
     monkeypatch.setattr("lalora_lightning.callback.history.MAX_PENDING", 20)
     sizes: list[list[int]] = []
 
     class Sizes(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-            sizes.append([len(callback._pending), len(callback._unlogged), len(callback.history)])
+            history = callback._history
+            sizes.append([len(history._pending), len(history._unlogged), len(history.readings)])
 
     callback, logger = LaLoraCallback(rank=4, group_by="module"), CSVLogger(tmp_path)
     saving = Saving(tmp_path, list(range(70, 140)))
