@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lalora_lightning.plotting.axes import BLUE, ORANGE, legend_above, name_layers
+from lalora_lightning.names import blocks_by_kind
 from lalora_lightning.runs import Run, read_run
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ __all__ = [
     "plot_budget",
     "plot_final_ranks",
     "plot_rank_lines",
+    "plot_rank_map",
     "plot_rank_trajectories",
     "plot_sparsity",
     "plot_sparsity_and_rank",
@@ -59,6 +61,71 @@ def plot_rank_lines(source: Source) -> Figure:
     figure, axes = _lines_by_depth(run.steps, shifted, run.layer_names, drawstyle="steps-post")
     axes.set_ylabel("rank (lines shifted)" if layers > 1 else "rank")
     axes.set_ylim(0.5, run.max_rank + 0.5)
+    return figure
+
+
+def plot_rank_map(
+    names: Sequence[str],
+    ranks: Sequence[int],
+    outlined: Collection[str] = (),
+    title: str | None = None,
+    max_rank: int | None = None,
+) -> Figure:
+    """Plot ranks as a map with a row for each block and a column for each kind of projection.
+
+    Args:
+        names: Names of the projections.
+        ranks: The rank of each.
+        outlined: Names of projections to outline.
+        title: Title of the figure.
+        max_rank: Rank at the dark end of the color scale; by default the highest of the ranks.
+
+    Raises:
+        ValueError: The projections are not of several blocks and several kinds.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
+
+    layout = blocks_by_kind(names)
+    if layout is None:
+        raise ValueError(
+            f"Expected projections of several blocks and several kinds but got {', '.join(names[:3])}, ...; use "
+            "plot_final_ranks, or group_by=\"module\" in the run."
+        )
+    values = np.full((len(layout.blocks), len(layout.kinds)), np.nan)
+    values[tuple(zip(*layout.cells, strict=True))] = ranks
+    top = max(max_rank or max(ranks), 1)
+
+    small = len(layout.blocks) > 16
+    row_height = 0.2 if small else 0.45
+    figure = Figure(figsize=(max(5.0, 1.6 + 0.8 * len(layout.kinds)), 1.4 + row_height * len(layout.blocks)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    for (row, column), rank, name in zip(layout.cells, ranks, names, strict=True):
+        color = "white" if rank > 0.6 * top else "black"
+        axes.text(column, row, str(rank), ha="center", va="center", color=color, fontsize=8 if small else 11)
+        if name in outlined:
+            axes.add_patch(
+                Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=ORANGE, linewidth=3)
+            )
+    axes.set_xticks(range(len(layout.kinds)), layout.kinds)
+    if max(map(len, layout.kinds)) > 9:
+        axes.tick_params("x", rotation=30)
+    axes.set_yticks(range(len(layout.blocks)), layout.blocks, fontsize=8 if small else 10)
+    axes.set_xlabel("projection")
+    axes.set_ylabel("block")
+    axes.tick_params(length=0)
+    # White lines between the cells.
+    axes.set_xticks(np.arange(len(layout.kinds) + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(len(layout.blocks) + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=2)
+    axes.tick_params(which="minor", length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="rank", ticks=MaxNLocator(nbins=8, integer=True), pad=0.02)
+    if title is not None:
+        axes.set_title(title, fontsize="medium", pad=12)
     return figure
 
 
