@@ -291,9 +291,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
                 f"{statistics.mean(map(ranked_above, runs)):.0%}",
                 f"{statistics.mean(damaged):.2f}",
                 f"{statistics.mean(others):.2f}",
-                " -> ".join(
-                    mean_and_spread([run.accuracy[stage] for run in runs]) for stage in ("damaged", "adapted")
-                ),
+                " -> ".join(mean_and_spread([run.accuracy[stage] for run in runs]) for stage in ("damaged", "adapted")),
             ]
         )
     return text_table(header, rows, left=(0, 1))
@@ -312,7 +310,9 @@ def draw(run: Outcome) -> "Figure":
     """Draw the ranks of a run as a map, with the damaged projections outlined."""
     names = {1: "one", 2: "two", 4: "four"}
     number = names.get(len(run.damaged), str(len(run.damaged)))
-    title = f"La-LoRA finds the damage: ranks after adapting a model\nin which {number} projections (outlined) were damaged"
+    title = (
+        f"La-LoRA finds the damage: ranks after adapting a model\nin which {number} projections (outlined) were damaged"
+    )
     return plot_rank_map(list(run.ranks), list(run.ranks.values()), outlined=run.damaged, title=title)
 
 

@@ -1,7 +1,13 @@
 """Adapting a model: finding targets and the task head; inserting, inspecting, merging and removing layers."""
 
 from lalora_lightning.adapters.adaptation import add_lora
-from lalora_lightning.adapters.condensing import Condensation, component_costs, condense_layers, condense_lora
+from lalora_lightning.adapters.condensing import (
+    Condensation,
+    component_costs,
+    condense_layers,
+    condense_lora,
+    condensed_parameters,
+)
 from lalora_lightning.adapters.gradients import (
     GradientMonitor,
     disable_input_gradients,
@@ -36,6 +42,7 @@ __all__ = [
     "component_costs",
     "condense_layers",
     "condense_lora",
+    "condensed_parameters",
     "disable_input_gradients",
     "enable_input_gradients",
     "find_head",

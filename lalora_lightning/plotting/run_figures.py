@@ -6,8 +6,8 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lalora_lightning.plotting.axes import BLUE, ORANGE, legend_above, name_layers
 from lalora_lightning.names import blocks_by_kind
+from lalora_lightning.plotting.axes import BLUE, ORANGE, legend_above, name_kinds, name_layers
 from lalora_lightning.runs import Run, read_run
 
 if TYPE_CHECKING:
@@ -30,23 +30,35 @@ Source = Run | str | os.PathLike[str]
 
 
 def plot_rank_trajectories(source: Source) -> Figure:
-    """Plot the rank of every layer over training as a heat map, and below it the total rank and the budget."""
+    """Plot the rank of every layer over training as a heat map, and below it the total and the budget.
+
+    Projections of several blocks and kinds are sorted by kind, and by block within a kind.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     run = read_run(source)
     layers = len(run.layer_names)
-    figure = Figure(figsize=(7, min(9.0, 3.2 + 0.18 * layers)), layout="constrained")
-    heat, total = figure.subplots(
-        2, 1, sharex=True, gridspec_kw={"height_ratios": [max(1.5, min(5.0, 0.12 * layers)), 1]}
-    )
+    layout = blocks_by_kind(run.layer_names)
+    order = list(range(layers))
+    if layout is not None:
+        cells = layout.cells
+        order.sort(key=lambda i: (cells[i][1], cells[i][0]))
+    # The axis label has to fit next to few layers, too.
+    height = max(2.2, min(5.5, 0.18 * layers))
+    figure = Figure(figsize=(7, height + 2.4), layout="constrained")
+    heat, total = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [height, 1.4]})
     # A rank applies until the next logged step, so the column of a step ends there.
     last = run.steps[-1] if len(run.steps) == 1 else 2 * run.steps[-1] - run.steps[-2]
     edges = [*run.steps, max(last, run.steps[-1] + 1)]
-    columns = [list(column) for column in zip(*run.ranks, strict=True)]
-    mesh = heat.pcolormesh(edges, range(layers + 1), columns, cmap="viridis", vmin=1, vmax=run.max_rank)
+    rows = [[row[i] for row in run.ranks] for i in order]
+    lowest = min(1, *map(min, run.ranks))
+    mesh = heat.pcolormesh(edges, range(layers + 1), rows, cmap="viridis", vmin=lowest, vmax=run.max_rank)
     figure.colorbar(mesh, ax=heat, label="rank", ticks=MaxNLocator(integer=True), pad=0.01)
-    name_layers(heat.yaxis, run.layer_names, offset=0.5)
+    if layout is None:
+        name_layers(heat.yaxis, run.layer_names, offset=0.5)
+    else:
+        name_kinds(heat, layout)
     heat.invert_yaxis()
     _draw_budget(total, run)
     return figure
@@ -92,7 +104,7 @@ def plot_rank_map(
     if layout is None:
         raise ValueError(
             f"Expected projections of several blocks and several kinds but got {', '.join(names[:3])}, ...; use "
-            "plot_final_ranks, or group_by=\"module\" in the run."
+            'plot_final_ranks, or group_by="module" in the run.'
         )
     values = np.full((len(layout.blocks), len(layout.kinds)), np.nan)
     values[tuple(zip(*layout.cells, strict=True))] = ranks
@@ -100,7 +112,9 @@ def plot_rank_map(
 
     small = len(layout.blocks) > 16
     row_height = 0.2 if small else 0.45
-    figure = Figure(figsize=(max(5.0, 1.6 + 0.8 * len(layout.kinds)), 1.4 + row_height * len(layout.blocks)), layout="constrained")
+    figure = Figure(
+        figsize=(max(5.0, 1.6 + 0.8 * len(layout.kinds)), 1.4 + row_height * len(layout.blocks)), layout="constrained"
+    )
     axes = figure.subplots()
     image = axes.imshow(values, cmap="Blues", vmin=0, vmax=top, aspect="auto")
     for (row, column), rank, name in zip(layout.cells, ranks, names, strict=True):
@@ -161,8 +175,8 @@ def plot_final_ranks(sources: Mapping[str, Source]) -> Figure:
     panels = figure.subplots(len(runs), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, run) in zip(panels, runs.items(), strict=True):
         _draw_ranks(axes, run)
-        total, full = sum(run.ranks[-1]), len(names) * run.max_rank
-        axes.set_title(f"{name}: total rank {total} of LoRA's {full} ({total / full:.0%})", fontsize="medium")
+        unit = "total rank" if run.unit == "rank" else run.unit
+        axes.set_title(f"{name}: {unit} {run.describe_total()}", fontsize="medium")
     name_layers(panels[-1].xaxis, names)
     return figure
 
@@ -204,13 +218,16 @@ def plot_sparsity_and_rank(source: Source) -> Figure:
 
 
 def _draw_budget(axes: Axes, run: Run) -> None:
-    full = len(run.layer_names) * run.max_rank
-    axes.step(run.steps, [sum(row) for row in run.ranks], where="post", color=BLUE, label="total rank")
-    axes.plot(run.steps, run.budgets, linestyle="--", color=ORANGE, label="budget")
-    axes.axhline(full, color="0.6", linewidth=0.8, label=f"LoRA at rank {run.max_rank}")
+    from matplotlib.ticker import StrMethodFormatter
+
+    of_ranks = run.unit == "rank"
+    axes.step(run.steps, run.totals, where="post", color=BLUE, label="total rank" if of_ranks else run.unit)
+    axes.plot(run.steps, run.total_budgets, linestyle="--", color=ORANGE, label="budget")
+    axes.axhline(run.full, color="0.6", linewidth=0.8, label=f"LoRA at rank {run.max_rank}")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("rank, all layers")
-    axes.set_ylim(0, 1.08 * full)
+    axes.set_ylabel("rank, all layers" if of_ranks else "parameters")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_ylim(0, 1.08 * max(run.full, *run.total_budgets))
     legend_above(axes)
 
 

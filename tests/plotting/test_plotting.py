@@ -55,7 +55,7 @@ def test_axes_are_labeled_and_labels_do_not_overlap(plot: Callable[[Run], Figure
 
 def test_long_common_prefixes_are_cut_short():
     run = new_run(prefix="base_model.model.bert.encoder.layer.")
-    assert plotting.plot_rank_trajectories(run).axes[0].get_ylabel() == "layer (...bert.encoder.layer.*)"
+    assert plotting.plot_rank_trajectories(run).axes[0].get_ylabel() == "layer\n(...bert.encoder.layer.*)"
     both = Run(["net.encoder.block.0", "net.decoder.block.0"], 8, [1], [[1, 2]], [3.0])
     axes = plotting.plot_final_ranks({"cnn": both}).axes[0]
     assert axes.get_xlabel() == "layer (net.*)"

@@ -1,6 +1,7 @@
 """The report of a run, from CSV logs, TensorBoard's and a checkpoint, and the table printed after fit."""
 
 import contextlib
+import copy
 import io
 import json
 import subprocess
@@ -17,7 +18,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from torch import nn
 
-from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, lora_layers
+from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, condense_lora, lora_layers
 from lalora_lightning.report import main
 from lalora_lightning.report.console import print_rank_report, rank_rows, rank_totals
 from lalora_lightning.runs import read_run, trimmed_bytes
@@ -240,10 +241,12 @@ def test_the_rank_report(adapted: TinyTransformer, capsys: pytest.CaptureFixture
     ]
     assert [row[4] for row in rows] == ["█" * 4 * rank + "·" * 4 * (4 - rank) for rank in allocator.ranks.tolist()]
     trimmed = int(allocator.ranks.sum()) * 2 * 16 * 4 / 1024
-    totals, sizes, *advice = rank_totals(allocator, adapted).splitlines()
+    totals, sizes, condensed, *advice = rank_totals(allocator, adapted).splitlines()
     assert totals.startswith(f"total rank {int(allocator.ranks.sum())} of LoRA's 12 (")
     assert sizes == f"adapters 1.5 KiB, trimmed to these ranks {trimmed:.1f} KiB"
     assert bool(advice) == (float(allocator.budget) < 0.9 * 12)
+    kept = [condense_lora(copy.deepcopy(adapted), energy=energy, group_by="block").parameters for energy in (0.99, 0.95)]
+    assert condensed == f"condense_lora would keep 99% of the energy in {kept[0]} parameters, 95% in {kept[1]}"
     assert trimmed_bytes(torch.empty(4, 8), torch.empty(6, 4), rank=3) == 3 * 14 * 4
 
     print_rank_report(allocator, adapted)
