@@ -43,8 +43,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALLOCATIONS",
+    "DIRECTIONS",
     "Damage",
     "Outcome",
+    "Place",
     "PlantedTest",
     "draw",
     "main",
@@ -213,7 +215,7 @@ class PlantedTest:
         names = list(find_targets(dict(model.named_modules()), "all-linear"))
         damaged = damage.draw(names, len(model.model.blocks), seed)
         for name in damaged:
-            turn_largest_directions(model.get_submodule(name).weight, damage.strength)
+            turn_largest_directions(model.get_parameter(f"{name}.weight"), damage.strength)
         accuracy = {"trained": _accuracy(trained, test), "damaged": _accuracy(model, test)}
 
         pl.seed_everything(seed, verbose=False)
@@ -244,13 +246,17 @@ def turn_largest_directions(weight: Tensor, strength: float, directions: int = D
 
 
 def share_of_first(run: Outcome) -> float:
-    """Return the share of the damaged projections whose rank is among the highest.
+    """Return the share of the k damaged projections that are among the k highest ranks.
 
-    With k damaged projections, these are the k highest ranks. A tie with another projection for the last of them does
-    not count.
+    Ties are broken at random, so this is an expectation. A random allocation has k / 36 for 36 projections.
     """
-    ranks = run.ranks.values()
-    return statistics.mean(sum(rank >= run.ranks[name] for rank in ranks) <= len(run.damaged) for name in run.damaged)
+    ranks, k = list(run.ranks.values()), len(run.damaged)
+
+    def chance(rank: int) -> float:
+        higher, equal = sum(other > rank for other in ranks), ranks.count(rank)
+        return min(1.0, max(0.0, (k - higher) / equal))
+
+    return statistics.mean(chance(run.ranks[name]) for name in run.damaged)
 
 
 def ranked_above(run: Outcome) -> float:

@@ -479,9 +479,7 @@ class LaLoraCallback(AdapterCheckpoints):
         figures: dict[str, Callable[[], Figure]] = {log_keys.RANK_TRAJECTORIES: self.plot}
         run = self._run()
         if blocks_by_kind(run.layer_names) is not None:
-            figures[log_keys.RANK_MAP] = lambda: plot_rank_map(
-                run.layer_names, run.ranks[-1], title="final ranks", max_rank=run.max_rank
-            )
+            figures[log_keys.RANK_MAP] = lambda: plot_rank_map(run.layer_names, run.ranks[-1], title="final ranks")
         return figures
 
     @property

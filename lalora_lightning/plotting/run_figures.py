@@ -81,7 +81,6 @@ def plot_rank_map(
     ranks: Sequence[int],
     outlined: Collection[str] = (),
     title: str | None = None,
-    max_rank: int | None = None,
 ) -> Figure:
     """Plot ranks as a map with a row for each block and a column for each kind of projection.
 
@@ -90,7 +89,6 @@ def plot_rank_map(
         ranks: The rank of each.
         outlined: Names of projections to outline.
         title: Title of the figure.
-        max_rank: Rank at the dark end of the color scale; by default the highest of the ranks.
 
     Raises:
         ValueError: The projections are not of several blocks and several kinds.
@@ -108,7 +106,7 @@ def plot_rank_map(
         )
     values = np.full((len(layout.blocks), len(layout.kinds)), np.nan)
     values[tuple(zip(*layout.cells, strict=True))] = ranks
-    top = max(max_rank or max(ranks), 1)
+    top = max(1, *ranks)
 
     small = len(layout.blocks) > 16
     row_height = 0.2 if small else 0.45
@@ -126,7 +124,7 @@ def plot_rank_map(
             )
     axes.set_xticks(range(len(layout.kinds)), layout.kinds)
     if max(map(len, layout.kinds)) > 9:
-        axes.tick_params("x", rotation=30)
+        axes.set_xticks(range(len(layout.kinds)), layout.kinds, rotation=30, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(layout.blocks)), layout.blocks, fontsize=8 if small else 10)
     axes.set_xlabel("projection")
     axes.set_ylabel("block")
@@ -134,7 +132,7 @@ def plot_rank_map(
     # White lines between the cells.
     axes.set_xticks(np.arange(len(layout.kinds) + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(len(layout.blocks) + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=2)
+    axes.grid(which="minor", color="white", linewidth=1 if small else 2)
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label="rank", ticks=MaxNLocator(nbins=8, integer=True), pad=0.02)
@@ -218,7 +216,7 @@ def plot_sparsity_and_rank(source: Source) -> Figure:
 
 
 def _draw_budget(axes: Axes, run: Run) -> None:
-    from matplotlib.ticker import StrMethodFormatter
+    from matplotlib.ticker import EngFormatter
 
     of_ranks = run.unit == "rank"
     axes.step(run.steps, run.totals, where="post", color=BLUE, label="total rank" if of_ranks else run.unit)
@@ -226,7 +224,7 @@ def _draw_budget(axes: Axes, run: Run) -> None:
     axes.axhline(run.full, color="0.6", linewidth=0.8, label=f"LoRA at rank {run.max_rank}")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("rank, all layers" if of_ranks else "parameters")
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_ylim(0, 1.08 * max(run.full, *run.total_budgets))
     legend_above(axes)
 

@@ -95,7 +95,7 @@ def figures(run: Run) -> dict[str, Figure]:
     drawn = {"rank-trajectories": plotting.plot_rank_trajectories(run)}
     is_map = blocks_by_kind(run.layer_names) is not None
     if is_map:
-        drawn["rank-map"] = plotting.plot_rank_map(run.layer_names, run.ranks[-1], max_rank=run.max_rank)
+        drawn["rank-map"] = plotting.plot_rank_map(run.layer_names, run.ranks[-1], title="final ranks")
     else:
         drawn["rank-lines"] = plotting.plot_rank_lines(run)
     if run.sparsity:
