@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         Condensation,
         add_lora,
         condense_lora,
+        disable_adapters,
         lora_layers,
         merge_lora,
         trim_lora,
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lalora_lightning.callback import LaLoraCallback
     from lalora_lightning.layers import TruncatedLoRALinear
     from lalora_lightning.saving import (
+        combine_lora,
         load_lora_state_dict,
         load_peft_adapter,
         lora_state_dict,
@@ -37,7 +39,9 @@ __all__ = [
     "RankAllocator",
     "TruncatedLoRALinear",
     "add_lora",
+    "combine_lora",
     "condense_lora",
+    "disable_adapters",
     "load_lora_state_dict",
     "load_peft_adapter",
     "lora_layers",

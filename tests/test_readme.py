@@ -3,6 +3,7 @@
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -79,6 +80,19 @@ def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert names["fabric"] is not None
     assert all(layer.lora_B.any() for layer in lora_layers(names["network"]).values())
     assert all(layer.lora_B.any() for layer in lora_layers(names["classifier"]).values())
+
+
+def test_snippets_about_targets_rank_and_budget(capsys: pytest.CaptureFixture[str]):
+    names: dict[str, Any] = {}
+    snippets = python_snippets("docs/choosing.md")
+    assert len(snippets) == 3
+    for snippet in snippets:
+        exec(snippet, names)
+    assert names["allocator"].condensed
+    # The costs are equal, so each of the two layers of 128 parameters a rank has at most 4 and 2 on average.
+    assert "1,024 of 2,048 adapter parameters kept" in capsys.readouterr().out
+    assert int(names["allocator"].ranks.sum()) <= 4
+    assert names["callback"].condensing.average_rank == 2
 
 
 def test_files_it_links_to_exist():

@@ -6,8 +6,14 @@ from lalora_lightning.adapters.condensing import (
     component_costs,
     condense_layers,
     condense_lora,
+<<<<<<< HEAD
     condensed_parameters,
 )
+=======
+    require_no_initial_factors,
+)
+from lalora_lightning.adapters.disabling import disable_adapters
+>>>>>>> main
 from lalora_lightning.adapters.gradients import (
     GradientMonitor,
     disable_input_gradients,
@@ -42,7 +48,11 @@ __all__ = [
     "component_costs",
     "condense_layers",
     "condense_lora",
+<<<<<<< HEAD
     "condensed_parameters",
+=======
+    "disable_adapters",
+>>>>>>> main
     "disable_input_gradients",
     "enable_input_gradients",
     "find_head",
@@ -57,6 +67,7 @@ __all__ = [
     "remove_layers",
     "require_gradients",
     "require_lora_layers",
+    "require_no_initial_factors",
     "require_trainable",
     "require_unmerged",
     "summarize",

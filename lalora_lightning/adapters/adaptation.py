@@ -39,6 +39,7 @@ def add_lora(
     init: Init = "kaiming",
     use_rslora: bool = False,
     freeze_A: bool = False,
+    compute_dtype: torch.dtype | None = None,
 ) -> AdapterSummary:
     """Wrap every target in a :class:`TruncatedLoRALinear`, and freeze the rest of the model except for the head.
 
@@ -69,6 +70,9 @@ def add_lora(
             values), "milora" (smallest), "olora" (QR). The adapted model always equals the base model initially.
         use_rslora: Scale by ``alpha / sqrt(rank)`` (rank-stabilized LoRA, arXiv 2312.03732).
         freeze_A: Train ``lora_B`` only (LoRA-FA, arXiv 2308.03303).
+        compute_dtype: Data type in which the adapters are computed; by default that of their input. With
+            ``torch.float32`` over a bfloat16 model, the gradients of the adapters are as accurate as in float32, and a
+            training step is slower. Under autocast, its type is used.
 
     Returns:
         A summary to print: ``print(add_lora(model))``.
@@ -76,7 +80,7 @@ def add_lora(
     Raises:
         ValueError: The model is already adapted; nothing was found for ``target_modules`` or ``modules_to_save``; a
             target shares its weight with another module or is inside one of ``modules_to_save``; rank, alpha, dropout,
-            a rank of the pattern or init is out of range; or dropout would have no effect in an
+            a rank of the pattern, init or compute_dtype is out of range; or dropout would have no effect in an
             ``nn.MultiheadAttention``. The model is left unchanged.
         TypeError: A target is not a linear module.
     """
@@ -106,6 +110,7 @@ def add_lora(
         "dtype": dtype,
         "init": init,
         "freeze_A": freeze_A,
+        "compute_dtype": compute_dtype,
     }
     adapted = {}
     for name, out_slices in targets.items():

@@ -14,7 +14,17 @@ from lalora_lightning.layers import TruncatedLoRALinear
 from lalora_lightning.names import GroupBy, group_names
 from lalora_lightning.sharding import scatter_into
 
+<<<<<<< HEAD
 __all__ = ["Condensation", "component_costs", "condense_layers", "condense_lora", "condensed_parameters"]
+=======
+__all__ = [
+    "Condensation",
+    "component_costs",
+    "condense_layers",
+    "condense_lora",
+    "require_no_initial_factors",
+]
+>>>>>>> main
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,6 @@ def condense_lora(
         RuntimeError: A layer is merged.
     """
     layers = require_lora_layers(model)
-    require_unmerged(layers)
     groups = group_names(layers, group_by)
     size = {"average_rank": average_rank, "parameters": parameters, "energy": energy}
     return condense_layers(layers, groups, size, min_rank, agree)
@@ -105,6 +114,7 @@ def condense_layers(
     agree: Callable[[Tensor], None] | None,
 ) -> Condensation:
     """Condense layers by name in these groups; see :func:`condense_lora`, which has the arguments in ``size``, too."""
+    require_unmerged(layers)
     costs = component_costs(layers, groups)
     limit = _require_size(costs, size, min_rank)
     factors = {name: _singular_factors(name, layer) for name, layer in layers.items()}
@@ -170,6 +180,19 @@ def component_costs(layers: Mapping[str, TruncatedLoRALinear], groups: Mapping[s
     return torch.tensor([sum(_cost(layers[name]) for name in names) for names in groups.values()])
 
 
+def require_no_initial_factors(layers: Mapping[str, TruncatedLoRALinear]) -> None:
+    """Check that the increments are products of two factors.
+
+    Raises:
+        ValueError: A layer has initial factors (PiSSA, OLoRA, MiLoRA).
+    """
+    for name, layer in layers.items():
+        try:
+            layer.require_no_initial_factors()
+        except ValueError as error:
+            raise ValueError(f"Cannot condense {name}. {error}") from error
+
+
 def _cost(layer: TruncatedLoRALinear) -> int:
     """Return the parameters of one component of all slices."""
     return layer.lora_A.shape[1] * len(layer.out_slices) + layer.lora_B.shape[0]
@@ -203,12 +226,9 @@ def _require_size(costs: Tensor, size: Mapping[str, float | None], min_rank: int
 
 def _singular_factors(name: str, layer: TruncatedLoRALinear) -> tuple[Tensor, Tensor, Tensor]:
     try:
-        A, B, values = layer.singular_factors()
+        return layer.singular_factors()
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise ValueError(f"Cannot condense {name}. {error}") from error
-    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-        raise ValueError(f"Cannot condense {name}. Expected finite factors but got NaN or Inf.")
-    return A, B, values
 
 
 def _worths(

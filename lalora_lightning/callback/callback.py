@@ -35,7 +35,7 @@ from lalora_lightning.callback import compatibility
 from lalora_lightning.callback.checkpoint_hooks import AdapterCheckpoints
 from lalora_lightning.callback.checks import LearningChecks
 from lalora_lightning.callback.condensing import CondensingSchedule, steps_of
-from lalora_lightning.callback.history import MAX_LOGGED, PendingReadings, Reading, record_reading, thinned
+from lalora_lightning.callback.history import MAX_READINGS, PendingReadings, Reading, record_reading, thinned
 from lalora_lightning.callback.loggers import RunLog, costs
 from lalora_lightning.callback.precision import keep_adapters_in_float32, warn_about_half_precision
 from lalora_lightning.callback.pruning import leave_adapters_unpruned, require_unpruned_adapters
@@ -181,7 +181,7 @@ class LaLoraCallback(AdapterCheckpoints):
                 f"Expected freeze_after to be a number of steps (an integer) or a fraction in [0, 1] but got "
                 f"{freeze_after}."
             )
-        self.condensing = CondensingSchedule(condense_to, condense_at)
+        self.condensing = CondensingSchedule(condense_to, condense_at, min_rank)
         if condense_to is not None and isinstance(fixed_ranks, Mapping):
             raise ValueError(
                 "Expected projections of one maximum rank with condense_to but fixed_ranks sets others; use "
@@ -253,7 +253,7 @@ class LaLoraCallback(AdapterCheckpoints):
         warn_about_half_precision(pl_module)
         # Not before: a module that builds its model in configure_model() has its layers only now.
         inserted = set(layers.values()) <= set(self._inserted)
-        settings = {
+        logged = {
             **(vars(self.adapter_settings) if inserted else {}),
             **vars(self.allocation_settings),
             "save_adapter_only": self.save_adapter_only,
@@ -262,7 +262,7 @@ class LaLoraCallback(AdapterCheckpoints):
             "condense_to": self.condensing.average_rank,
             "condense_at": self.condensing.at,
         }
-        self._log.settings(trainer, pl_module, settings)
+        self._log.settings(trainer, pl_module, logged)
         if self.allocator is not None and not self.allocator.drives(pl_module):
             self._forget()
         new_run = trainer.ckpt_path is None and self._restored is None
@@ -273,7 +273,12 @@ class LaLoraCallback(AdapterCheckpoints):
                     "La-LoRA: the adapters have been trained already, and their ranks are reset; resume with "
                     "fit(ckpt_path=...) to continue with the ranks of a run, or keep them with fixed_ranks."
                 )
-            self.allocator = RankAllocator(pl_module, **vars(self._settings_for(trainer)))
+            # The length of the run is not asked for yet: Lightning would shuffle the rows of the first epoch.
+            settings = dataclasses.replace(self.allocation_settings, freeze_after=None)
+            allocator = RankAllocator(pl_module, **vars(settings))
+            if self.condensing.average_rank is not None:
+                allocator.require_condensable(self.condensing.average_rank)
+            self.allocator = allocator
         if self.fixed_ranks is not False and trainer.ckpt_path is None and not self._is_condensed:
             for layer in layers.values():
                 layer.set_rank(layer.max_rank)
@@ -304,17 +309,20 @@ class LaLoraCallback(AdapterCheckpoints):
                 self._earlier_steps = self.allocator.steps
             self.allocator.settings = self._settings_for(trainer)
             self.condensing.start(trainer, self._earlier_steps)
-        if self.allocator is not None and self._last_step is not None and self._last_step < trainer.global_step:
+        is_behind = self._last_step is not None and self._last_step < trainer.global_step
+        if self.allocator is not None and is_behind:
             # The checkpoint was saved after an optimizer step but before the rank update.
             self._update_ranks(trainer, self.allocator)
         self._last_step = trainer.global_step
         self._started = time.monotonic()
         reset_peak_memory(pl_module.device)
         if self.allocator is not None:
-            self._pending.note(trainer.global_step, compatibility.completed_steps(trainer), self.allocator)
+            if trainer.ckpt_path is None:
+                self._unlogged.clear()
+            if not is_behind:
+                # For the history only: as with the module's own metrics, logs begin after the first step.
+                self._pending.note(trainer.global_step, None, self.allocator)
             self._read()
-            # As with the module's own metrics, logs begin after the first step.
-            self._unlogged.clear()
             self._log.layout(trainer)
 
     @override
@@ -354,8 +362,13 @@ class LaLoraCallback(AdapterCheckpoints):
             self._log_readings(trainer, pl_module, metrics)
         else:
             self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer) - 1)
+<<<<<<< HEAD
         self.condensing.end(self.allocator)
         if self.allocator is None:
+=======
+        self.condensing.end(trainer, self.allocator)
+        if self.allocator is None or not trainer.is_global_zero:
+>>>>>>> main
             return
         # On all processes, which gather sharded adapters together.
         report = rank_report(self.allocator, pl_module) if compatibility.has_model_summary(trainer) else None
@@ -400,6 +413,7 @@ class LaLoraCallback(AdapterCheckpoints):
             "last_step": self._last_step,
             "earlier_steps": self._earlier_steps,
             "history": [[step, ranks, budget] for step, ranks, budget in self.history],
+            "unlogged": [[logged_step, step] for logged_step, (step, *_) in self._unlogged.items()],
             "random": random_state(),
         }
 
@@ -426,6 +440,7 @@ class LaLoraCallback(AdapterCheckpoints):
         self.allocator, self.history, self._skipped = None, [], 0
         self._last_step = self._restored = self._random = None
         self._earlier_steps = 0
+        self._pending, self._unlogged = PendingReadings(), {}
 
     def _is_built_later(self, pl_module: pl.LightningModule) -> bool:
         """Return whether the module may build its model after ``setup`` of the callback, and adapt it itself."""
@@ -447,6 +462,11 @@ class LaLoraCallback(AdapterCheckpoints):
             self.allocator.load_state_dict(state_dict["allocator"])
             self._skipped = int(self.allocator.skipped)
         self.history = [(step, list(ranks), budget) for step, ranks, budget in state_dict["history"]]
+        readings = {reading[0]: reading for reading in self.history}
+        # States of earlier versions do not have it.
+        unlogged = state_dict.get("unlogged", [])
+        self._unlogged = {logged_step: readings[step] for logged_step, step in unlogged if step in readings}
+        self._pending = PendingReadings()
         self._restored = None
         self._last_step = state_dict["last_step"]
         # States of version 0.1.0 do not have it.
@@ -504,7 +524,16 @@ class LaLoraCallback(AdapterCheckpoints):
             self._skipped = skipped
         for reading in readings:
             record_reading(self.history, *reading)
-        self._unlogged |= zip(logged_steps, readings, strict=True)
+        self._unlogged |= {
+            step: reading for step, reading in zip(logged_steps, readings, strict=True) if step is not None
+        }
+        if len(self._unlogged) > MAX_READINGS:
+            self._unlogged = self._thinned_unlogged()
+
+    def _thinned_unlogged(self) -> dict[int, Reading]:
+        """Return the readings that are not in the logs, without those where no rank changes."""
+        kept = {step for step, *_ in thinned(list(self._unlogged.values()), MAX_READINGS)}
+        return {logged_step: reading for logged_step, reading in self._unlogged.items() if reading[0] in kept}
 
     def _log_readings(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, others: Mapping[str, float] | None = None
@@ -519,9 +548,8 @@ class LaLoraCallback(AdapterCheckpoints):
         self._read()
         logged_step = max(self._unlogged)
         _, ranks, budget = self._unlogged[logged_step]
-        kept = {step for step, *_ in thinned(list(self._unlogged.values()), MAX_LOGGED)}
-        for earlier_step, (step, earlier_ranks, earlier_budget) in self._unlogged.items():
-            if step in kept and earlier_step != logged_step:
+        for earlier_step, (_, earlier_ranks, earlier_budget) in self._thinned_unlogged().items():
+            if earlier_step != logged_step:
                 self._log.metrics(trainer, log_keys.rank_metrics(names, earlier_ranks, earlier_budget), earlier_step)
         self._unlogged.clear()
         metrics = log_keys.rank_metrics(names, ranks, budget) | dict(others or {})

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lalora_lightning.allocator import RankAllocator
 
-__all__ = ["MAX_LOGGED", "MAX_PENDING", "MAX_READINGS", "PendingReadings", "Reading", "record_reading", "thinned"]
+__all__ = ["MAX_PENDING", "MAX_READINGS", "PendingReadings", "Reading", "record_reading", "thinned"]
 
 Reading = tuple[int, list[int], float]
 """Optimizer step, ranks of all layers, and budget."""
@@ -19,28 +19,30 @@ MAX_PENDING = 1000
 """Maximum number of steps on the device; when it is exceeded, every second one is dropped."""
 
 
-MAX_LOGGED = 32
-"""Steps that are logged at one logging step, at most twice as many if the ranks keep changing."""
-
-
 class PendingReadings:
     """Ranks and budgets of the steps since the last logging step, which are still on the device."""
 
     def __init__(self) -> None:
         # Optimizer step, Lightning's step for logging, ranks and budget.
-        self._pending: list[tuple[int, int, Tensor, Tensor]] = []
+        self._pending: list[tuple[int, int | None, Tensor, Tensor]] = []
 
     def __len__(self) -> int:
         """Return the number of steps."""
         return len(self._pending)
 
-    def note(self, step: int, logged_step: int, allocator: RankAllocator) -> None:
-        """Keep ranks and budget of a step. The allocator replaces these tensors and does not change them."""
+    def note(self, step: int, logged_step: int | None, allocator: RankAllocator) -> None:
+        """Keep ranks and budget of a step. The allocator replaces these tensors and does not change them.
+
+        Args:
+            step: Optimizer step.
+            logged_step: Lightning's step for logging; None for a step that is not logged.
+            allocator: The allocator after this step.
+        """
         self._pending.append((step, logged_step, allocator.ranks, allocator.budget))
         if len(self._pending) > MAX_PENDING:
             del self._pending[1::2]
 
-    def collect(self, allocator: RankAllocator) -> tuple[list[Reading], list[int], int]:
+    def collect(self, allocator: RankAllocator) -> tuple[list[Reading], list[int | None], int]:
         """Copy everything from the device in one transfer, and begin anew.
 
         Returns:

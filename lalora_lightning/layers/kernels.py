@@ -9,6 +9,9 @@ features each, rank ``r``::
 
 The mask sets the hidden columns beyond the current rank to zero. It is applied in place to the narrow hidden factor, so
 no masked copy of a weight is needed.
+
+The factors may have a wider data type than the input, such as float32 beside bfloat16. The adapter is then computed
+with the accuracy of the wider type. The frozen layer and the output stay in the input's type.
 """
 
 from collections.abc import Sequence
@@ -64,8 +67,8 @@ def truncated_lora(
         lora_x: ``(N, d)`` input of the adapter; None if it is ``x``. With dropout it differs.
         weight: ``(m, d)``.
         bias: ``(m,)``.
-        A: ``(S r, d)``.
-        B: ``(sum of m_s, r)``.
+        A: ``(S r, d)``, in the data type in which the adapter is computed.
+        B: ``(sum of m_s, r)``, in the same type.
         rank_mask: ``(r,)``, 1 for the components within the current rank, 0 for the others.
         scaling: Factor of the adapter.
         out_slices: The adapted ranges of output features.
@@ -74,10 +77,9 @@ def truncated_lora(
         The output ``(N, m)`` and the masked hidden factor ``(N, S r)``.
     """
     out = F.linear(x, weight, bias)
-    hidden = _mask((x if lora_x is None else lora_x) @ A.T, rank_mask)
+    hidden = _mask((x if lora_x is None else lora_x).to(A.dtype) @ A.T, rank_mask)
     for (out_s, B_s), hidden_s in zip(_by_slice(out, B, out_slices), _columns(hidden, out_slices), strict=True):
-        # Adds to the base output in place, without a temporary of the same size.
-        out_s.addmm_(hidden_s, B_s.T, alpha=scaling)
+        _add_product(out_s, hidden_s, B_s.T, scaling)
     return out, hidden
 
 
@@ -86,9 +88,11 @@ def add_adapter(
 ) -> Tensor:
     """Compute ``out + scaling * mask(lora_x A.T) B.T`` in plain autograd; arguments as in :func:`truncated_lora`."""
     width = out.shape[1]
-    hidden = (lora_x @ A.T.to(lora_x.dtype)) * rank_mask.repeat(len(out_slices))
-    slices = zip(out_slices, _columns(hidden, out_slices), _rows(B.to(lora_x.dtype), out_slices), strict=True)
-    for (start, stop), hidden_s, B_s in slices:
+    hidden = lora_x.to(A.dtype) @ A.T
+    hidden = hidden * rank_mask.repeat(len(out_slices)).to(hidden.dtype)
+    for (start, stop), hidden_s, B_s in zip(
+        out_slices, _columns(hidden, out_slices), _rows(B, out_slices), strict=True
+    ):
         out = out + F.pad(scaling * hidden_s @ B_s.T, (start, width - stop))
     return out
 
@@ -112,12 +116,13 @@ class TruncatedLoRAFunction(torch.autograd.Function):
         rank_mask: Tensor,
         scaling: float,
         out_slices: OutSlices,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """Compute the output and save the tensors that the required gradients need."""
-        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        """Compute the output, the adapter in ``dtype``, and save the tensors that the required gradients need."""
+        A, B = lora_A.to(dtype), lora_B.to(dtype)
         out, hidden = truncated_lora(x, lora_x, weight, bias, A, B, rank_mask, scaling, out_slices)
         need_x, _, need_weight, _, need_A, need_B = ctx.needs_input_grad[:6]
-        # The factors are saved as they came in, so that a second derivative can follow them.
+        # The factors are saved as they came in: a second derivative can follow them, and a copy would take memory.
         ctx.save_for_backward(
             x if need_weight or (need_A and lora_x is None) else None,
             lora_x if need_A else None,
@@ -127,7 +132,7 @@ class TruncatedLoRAFunction(torch.autograd.Function):
             hidden if need_B else None,
             rank_mask,
         )
-        ctx.scaling, ctx.out_slices, ctx.has_lora_x = scaling, out_slices, lora_x is not None
+        ctx.scaling, ctx.out_slices, ctx.dtype, ctx.has_lora_x = scaling, out_slices, dtype, lora_x is not None
         return out
 
     @staticmethod
@@ -146,12 +151,12 @@ class TruncatedLoRAFunction(torch.autograd.Function):
             # The caller asked for a graph of the backward pass.
             return _differentiable_backward(ctx, g)
         x, lora_x, weight, lora_A, lora_B, hidden, rank_mask = ctx.saved_tensors
-        B = lora_B.to(g.dtype)
+        B = lora_B.to(ctx.dtype)
         need_x, need_lora_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:6]
         scaling = ctx.scaling
         grad_x = grad_lora_x = grad_weight = grad_bias = grad_A = grad_B = None
 
-        slices = _by_slice(g, B, ctx.out_slices)
+        slices = _by_slice(g.to(ctx.dtype), B, ctx.out_slices)
         # addmm with beta=0 is a scaled matrix product in one kernel, which does not read its first argument.
         unread = B[0, 0]
         if need_B:
@@ -165,20 +170,22 @@ class TruncatedLoRAFunction(torch.autograd.Function):
             )
         if need_A or need_x or need_lora_x:
             grad_hidden = _mask(_join([g_s @ B_s for g_s, B_s in slices], dim=1), rank_mask)
+            del slices  # frees a copy of g in a wider type
             if need_A:
-                adapter_input = lora_x if ctx.has_lora_x else x
+                # Cast once more, because a copy in a wider type would take memory until the backward pass.
+                adapter_input = (lora_x if ctx.has_lora_x else x).to(ctx.dtype)
                 grad_A = torch.addmm(unread, grad_hidden.T, adapter_input, beta=0, alpha=scaling)
             if need_x:
                 grad_x = g @ weight
                 if not ctx.has_lora_x:
-                    grad_x.addmm_(grad_hidden, lora_A.to(g.dtype), alpha=scaling)
+                    _add_product(grad_x, grad_hidden, lora_A.to(ctx.dtype), scaling)
             if need_lora_x:
-                grad_lora_x = torch.addmm(unread, grad_hidden, lora_A.to(g.dtype), beta=0, alpha=scaling)
+                grad_lora_x = torch.addmm(unread, grad_hidden, lora_A.to(ctx.dtype), beta=0, alpha=scaling).to(g.dtype)
         if need_weight:
             grad_weight = g.T @ x
         if need_bias:
             grad_bias = g.sum(0)
-        return grad_x, grad_lora_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None
+        return grad_x, grad_lora_x, grad_weight, grad_bias, grad_A, grad_B, None, None, None, None
 
 
 def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -191,12 +198,12 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
             "Expected the input of the layer for second derivatives but it was not kept, since lora_A is frozen; train "
             "it, too (freeze_A=False)."
         )
-    A, B = lora_A.to(g.dtype), lora_B.to(g.dtype)
-    mask = rank_mask.repeat(len(ctx.out_slices))
+    A, B, adapter_input = lora_A.to(ctx.dtype), lora_B.to(ctx.dtype), adapter_input.to(ctx.dtype)
+    mask = rank_mask.repeat(len(ctx.out_slices)).to(ctx.dtype)
     hidden = (adapter_input @ A.T) * mask
-    slices = _by_slice(g, B, ctx.out_slices)
+    slices = _by_slice(g.to(ctx.dtype), B, ctx.out_slices)
     grad_hidden = torch.cat([g_s @ B_s for g_s, B_s in slices], dim=1) * mask
-    adapter_grad = ctx.scaling * grad_hidden @ A
+    adapter_grad = (ctx.scaling * grad_hidden @ A).to(g.dtype)
     pairs = zip(slices, _columns(hidden, ctx.out_slices), strict=True)
     return (
         (g @ weight + (0 if ctx.has_lora_x else adapter_grad)) if need_x else None,
@@ -208,6 +215,7 @@ def _differentiable_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None,
         None,
+        None,
     )
 
 
@@ -215,6 +223,24 @@ def _mask(hidden: Tensor, rank_mask: Tensor) -> Tensor:
     """Set the columns beyond the current rank to zero, in place, for all slices."""
     hidden.view(-1, rank_mask.shape[0]).mul_(rank_mask)
     return hidden
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, scaling: float) -> None:
+    """Compute ``out += scaling * left right`` in place, without a temporary of the size of ``out``.
+
+    Factors of a wider type are split into values of ``out``'s type and their remainders. One product of the type of
+    ``out`` then has nearly the accuracy of the wider type, because it is summed in float32 and rounded once.
+    """
+    if left.dtype != out.dtype:
+        (left, left_rest), (right, right_rest) = _split(left, out.dtype), _split(right, out.dtype)
+        left, right = torch.cat([left, left_rest, left], dim=1), torch.cat([right, right, right_rest])
+    out.addmm_(left, right, alpha=scaling)
+
+
+def _split(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the values rounded to a type, and what the rounding left over, in the same type."""
+    rounded = tensor.to(dtype)
+    return rounded, (tensor - rounded).to(dtype)
 
 
 def _by_slice(out: Tensor, B: Tensor, out_slices: OutSlices) -> list[tuple[Tensor, Tensor]]:

@@ -3,9 +3,17 @@
 import math
 from typing import get_args
 
+import torch
+
 from lalora_lightning.initialization import Init
 
-__all__ = ["lora_scaling", "require_adapter_settings", "require_rank_that_fits", "require_slices"]
+__all__ = [
+    "lora_scaling",
+    "require_adapter_settings",
+    "require_floating_point",
+    "require_rank_that_fits",
+    "require_slices",
+]
 
 
 def lora_scaling(alpha: float, rank: int, use_rslora: bool) -> float:
@@ -27,6 +35,14 @@ def require_adapter_settings(rank: int, alpha: float, dropout: float, init: str)
         raise ValueError(f"Expected dropout to be in [0, 1) but got {dropout}.")
     if init not in get_args(Init):
         raise ValueError(f"Expected init to be one of {get_args(Init)} but got {init!r}.")
+
+
+def require_floating_point(compute_dtype: torch.dtype | None) -> None:
+    """Raise a ValueError unless ``compute_dtype`` is a floating-point type or None."""
+    if compute_dtype is not None and not (isinstance(compute_dtype, torch.dtype) and compute_dtype.is_floating_point):
+        raise ValueError(
+            f"Expected compute_dtype to be a type such as torch.float32, or None, but got {compute_dtype!r}."
+        )
 
 
 def require_slices(out_slices: tuple[tuple[int, int], ...], out_features: int) -> None:

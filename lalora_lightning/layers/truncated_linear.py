@@ -27,9 +27,11 @@ from lalora_lightning.layers.linear_kinds import (
 from lalora_lightning.layers.settings import (
     lora_scaling,
     require_adapter_settings,
+    require_floating_point,
     require_rank_that_fits,
     require_slices,
 )
+from lalora_lightning.layers.switch import is_switched_off, new_switch
 
 __all__ = ["TruncatedLoRALinear"]
 
@@ -63,11 +65,14 @@ class TruncatedLoRALinear(LowRankFactors):
         dropout: Probability of dropping an entry of the adapter's input during training.
         out_slices: ``(start, stop)`` ranges of output features to adapt; by default one slice with all features.
         device: Device of the adapter; by default that of the base weight.
-        dtype: Data type of the adapter's parameters. They are cast to the input's type for computing.
+        dtype: Data type of the adapter's parameters.
         init: Initialization of ``lora_A`` and ``lora_B``, see :mod:`lalora_lightning.initialization`.
         use_rslora: Scale by ``alpha / sqrt(rank)`` (rank-stabilized LoRA, arXiv 2312.03732).
         freeze_A: Train ``lora_B`` only (LoRA-FA, arXiv 2308.03303). The layer's input is then not kept for the
             backward pass.
+        compute_dtype: Data type in which the adapter is computed; by default that of the input. With float32 over a
+            bfloat16 base layer, the gradients of the adapter are as accurate as in float32, and a training step is
+            slower. Under autocast, its type is used.
 
     Attributes:
         lora_A: ``(r, d)``, or ``(S r, d)`` for S slices.
@@ -104,6 +109,7 @@ class TruncatedLoRALinear(LowRankFactors):
         init: Init = "kaiming",
         use_rslora: bool = False,
         freeze_A: bool = False,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         if not is_linear(base_layer):
             raise TypeError(
@@ -115,13 +121,16 @@ class TruncatedLoRALinear(LowRankFactors):
         require_slices(slices, out_features)
         require_rank_that_fits(rank, slices, in_features)
         require_adapter_settings(rank, alpha, dropout, init)
+        require_floating_point(compute_dtype)
         scaling = lora_scaling(alpha, rank, use_rslora)
         device = linear_device(base_layer) if device is None else device
         super().__init__(out_features, in_features, slices, rank, scaling, init, freeze_A, device, dtype)
         keep_plain_format(base_layer)
         self.base_layer = base_layer
         self.dropout = dropout
+        self.compute_dtype = compute_dtype
         self.merged = False
+        self.switch = new_switch()
         self._unmerged_weight: Tensor | None = None
         self.reset_parameters()
         self.register_state_dict_pre_hook(state_hooks.require_unmerged_to_save)
@@ -173,7 +182,7 @@ class TruncatedLoRALinear(LowRankFactors):
 
         It is computed by the first operation that uses it. Shape, data type and device take no computation.
         """
-        return self.base_weight if self.merged else weight_on_use(self)
+        return self.base_weight if self.merged or is_switched_off(self.switch) else weight_on_use(self)
 
     def adapted_weight(self) -> Tensor:
         """Compute the adapted weight ``(m, d)`` in float32 or wider, and cast it once."""
@@ -197,6 +206,8 @@ class TruncatedLoRALinear(LowRankFactors):
         Returns:
             ``(..., m)`` in the input's type, or in autocast's type under autocast.
         """
+        if is_switched_off(self.switch):
+            return self.base_layer(x)
         if is_transformed(x) or not is_plain(self.base_layer):
             return self._call_base_layer(x)
         device_type = x.device.type
@@ -216,13 +227,14 @@ class TruncatedLoRALinear(LowRankFactors):
         rows = x.reshape(-1, self.in_features)
         lora_rows = F.dropout(rows, self.dropout) if self.training and self.dropout > 0 else None
         A, B, mask = self._factors()
+        compute_dtype = (self.compute_dtype or x.dtype) if dtype is None else dtype
         fixed = mask, self.scaling, self.out_slices
         weight, bias = self._base_parameters(dtype)
         if torch.is_grad_enabled():
-            out = TruncatedLoRAFunction.apply(rows, lora_rows, weight, bias, A, B, *fixed)
+            out = TruncatedLoRAFunction.apply(rows, lora_rows, weight, bias, A, B, *fixed, compute_dtype)
         else:
             # Without a backward pass, an autograd node would only cost time.
-            out, _ = truncated_lora(rows, lora_rows, weight, bias, A.to(x.dtype), B.to(x.dtype), *fixed)
+            out, _ = truncated_lora(rows, lora_rows, weight, bias, A.to(compute_dtype), B.to(compute_dtype), *fixed)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _call_base_layer(self, x: Tensor) -> Tensor:
@@ -237,7 +249,9 @@ class TruncatedLoRALinear(LowRankFactors):
         if self.training and self.dropout > 0:
             rows = F.dropout(rows, self.dropout)
         A, B, mask = self._factors()
-        adapted = add_adapter(out.reshape(-1, self.out_features), rows, A, B, mask, self.scaling, self.out_slices)
+        dtype = self.compute_dtype or x.dtype
+        fixed = mask, self.scaling, self.out_slices
+        adapted = add_adapter(out.reshape(-1, self.out_features), rows, A.to(dtype), B.to(dtype), *fixed)
         return adapted.reshape(out.shape).to(out.dtype)
 
     def _base_parameters(self, dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
@@ -320,6 +334,11 @@ class TruncatedLoRALinear(LowRankFactors):
         self.base_weight.copy_(self._unmerged_weight)
         self._unmerged_weight = None
         self.merged = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or unpickled layer; it is switched on, whatever the original is."""
+        super().__setstate__(state)
+        self.switch = new_switch()
 
     def extra_repr(self) -> str:
         """Return the current rank and the scaling, and slices and dropout if they are not the defaults."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import TYPE_CHECKING
 
 from lalora_lightning.adapters import component_costs, condensed_parameters, lora_layers
@@ -54,7 +55,10 @@ def rank_report(allocator: RankAllocator, model: nn.Module) -> str:
 
 
 def rank_rows(allocator: RankAllocator) -> list[list[str]]:
-    """Return a row per layer: name, rank, contribution (Eq. 9), growth rate (Eq. 6) and a bar as long as the rank."""
+    """Return a row per layer: name, rank, contribution (Eq. 9), growth rate (Eq. 6) and a bar as long as the rank.
+
+    Fixed ranks that were condensed have no contributions and growth rates.
+    """
     values = zip(
         allocator.layer_names,
         allocator.ranks.tolist(),
@@ -63,7 +67,7 @@ def rank_rows(allocator: RankAllocator) -> list[list[str]]:
         strict=True,
     )
     return [
-        [name, str(rank), f"{contribution:.3f}", f"{100 * growth:+.3f}", _bar(rank / allocator.max_rank)]
+        [name, str(rank), _number(contribution, ".3f"), _number(100 * growth, "+.3f"), _bar(rank / allocator.max_rank)]
         for name, rank, contribution, growth in values
     ]
 
@@ -122,6 +126,10 @@ def _end(name: str, width: int) -> str:
     '...k.0.layer'
     """
     return name if len(name) <= width else "..." + name[3 - width :]
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def _bar(share: float) -> str:

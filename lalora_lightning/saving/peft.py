@@ -40,10 +40,10 @@ def save_peft_adapter(
 
     ``PeftModel.from_pretrained(base_model, folder)`` and transformers' ``model.load_adapter(folder)`` read the folder.
     ``README.md`` is the model card, with base model, ranks, and the given facts. The exported ``lora_B`` includes the
-    scaling. If slices of a fused projection are adapted, they become one adapter of the whole projection: its rank is
-    the sum of the ranks of the slices, and the rows of ``lora_B`` outside of the slices are zero. If initial factors
-    are subtracted, the exported rank is twice as high. Layers of rank 0 are left out. Modules whose buffers training may have changed, such as
-    BatchNorm, are saved in full like the head, and tied parameters under all of their names.
+    scaling. Layers of rank 0 are left out. If slices of a fused projection are adapted, they become one adapter of the
+    whole projection: its rank is the sum of the ranks of the slices, and the rows of ``lora_B`` outside of the slices
+    are zero. If initial factors are subtracted, the exported rank is twice as high. Modules whose buffers training may
+    have changed, such as BatchNorm, are saved in full like the head, and tied parameters under all of their names.
 
     Args:
         model: The adapted model itself, not the LightningModule around it, because names have to be those of the base

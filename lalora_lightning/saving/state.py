@@ -29,6 +29,7 @@ __all__ = [
     "load_by_name",
     "load_lora_state_dict",
     "lora_state_dict",
+    "read_state",
     "require_matching_state",
     "without_frozen",
 ]
@@ -72,7 +73,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Any] | str | os.P
         FileNotFoundError: There is no such file, or the folder has no ``.safetensors`` file.
     """
     if not isinstance(state, Mapping):
-        state = _read(state)
+        state = read_state(state)
     model = unwrapped(model)
     state = _without_root(model, replace_ranks(_by_name(state)))
     _require_finite_factors(state)
@@ -171,7 +172,13 @@ def _by_name(state: Mapping[Any, Any]) -> dict[str, Any]:
     return {state_name(str(key)): value for key, value in state.items()}
 
 
-def _read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+def read_state(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Read a state from a file of ``torch.save`` or a Trainer, a ``.safetensors`` file or a folder with such files.
+
+    Raises:
+        ValueError: The file is damaged or contains something else.
+        FileNotFoundError: There is no such file.
+    """
     if Path(path).is_dir() or Path(path).suffix == ".safetensors":
         return read_pretrained_weights(Path(path))
     loaded = load_file(path, "a file of torch.save or of a Trainer")

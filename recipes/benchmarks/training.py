@@ -157,10 +157,17 @@ def build_floor(model: PreTrainedModel, rank: int, dropout: float, compile: bool
     return _finish(floor, compile)
 
 
-def build_ours(model: PreTrainedModel, rank: int, dropout: float, compile: bool, allocate: bool) -> Built:
+def build_ours(
+    model: PreTrainedModel,
+    rank: int,
+    dropout: float,
+    compile: bool,
+    allocate: bool,
+    compute_dtype: torch.dtype | None = None,
+) -> Built:
     """Build LoRA with this package's layers, with or without the rank allocator."""
     ours = share_weights(model)
-    add_lora(ours, rank=rank, dropout=dropout, modules_to_save=[])
+    add_lora(ours, rank=rank, dropout=dropout, modules_to_save=[], compute_dtype=compute_dtype)
     return _finish(ours, compile, RankAllocator(ours).step if allocate else _nothing)
 
 
@@ -187,6 +194,7 @@ def build_adalora(model: PreTrainedModel, rank: int, dropout: float, compile: bo
 BUILDERS: dict[str, Callable[[PreTrainedModel, int, float, bool], Built]] = {
     "floor": build_floor,
     "our layers": functools.partial(build_ours, allocate=False),
+    "our layers, float32": functools.partial(build_ours, allocate=False, compute_dtype=torch.float32),
     "La-LoRA": functools.partial(build_ours, allocate=True),
     "PEFT LoRA": build_peft,
     "PEFT AdaLoRA": build_adalora,
