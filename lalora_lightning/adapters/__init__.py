@@ -6,14 +6,10 @@ from lalora_lightning.adapters.condensing import (
     component_costs,
     condense_layers,
     condense_lora,
-<<<<<<< HEAD
     condensed_parameters,
-)
-=======
     require_no_initial_factors,
 )
 from lalora_lightning.adapters.disabling import disable_adapters
->>>>>>> main
 from lalora_lightning.adapters.gradients import (
     GradientMonitor,
     disable_input_gradients,

@@ -14,17 +14,14 @@ from lalora_lightning.layers import TruncatedLoRALinear
 from lalora_lightning.names import GroupBy, group_names
 from lalora_lightning.sharding import scatter_into
 
-<<<<<<< HEAD
-__all__ = ["Condensation", "component_costs", "condense_layers", "condense_lora", "condensed_parameters"]
-=======
 __all__ = [
     "Condensation",
     "component_costs",
     "condense_layers",
     "condense_lora",
+    "condensed_parameters",
     "require_no_initial_factors",
 ]
->>>>>>> main
 
 
 @dataclass(frozen=True)

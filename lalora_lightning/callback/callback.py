@@ -362,13 +362,8 @@ class LaLoraCallback(AdapterCheckpoints):
             self._log_readings(trainer, pl_module, metrics)
         else:
             self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer) - 1)
-<<<<<<< HEAD
-        self.condensing.end(self.allocator)
-        if self.allocator is None:
-=======
         self.condensing.end(trainer, self.allocator)
-        if self.allocator is None or not trainer.is_global_zero:
->>>>>>> main
+        if self.allocator is None:
             return
         # On all processes, which gather sharded adapters together.
         report = rank_report(self.allocator, pl_module) if compatibility.has_model_summary(trainer) else None
