@@ -44,11 +44,8 @@ __all__ = [
     "component_costs",
     "condense_layers",
     "condense_lora",
-<<<<<<< HEAD
     "condensed_parameters",
-=======
     "disable_adapters",
->>>>>>> main
     "disable_input_gradients",
     "enable_input_gradients",
     "find_head",
