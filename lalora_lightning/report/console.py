@@ -86,11 +86,10 @@ def rank_totals(allocator: RankAllocator, model: nn.Module) -> str:
     else:
         unit, total, full = "total rank", int(ranks.sum()), len(ranks) * allocator.max_rank
         shown_budget = f"{budget:.1f}"
-    end = "condensed" if allocator.condensed else f"budget {shown_budget}"
     trimmed = sum(trimmed_bytes(layer.lora_A, layer.lora_B, int(layer.rank)) for layer in layers.values())
     whole = sum(trimmed_bytes(layer.lora_A, layer.lora_B, layer.max_rank) for layer in layers.values())
     lines = [
-        f"{unit} {total:,} of LoRA's {full:,} ({total / full:.0%}), {end}",
+        f"{unit} {total:,} of LoRA's {full:,} ({total / full:.0%}), budget {shown_budget}",
         f"adapters {_size(whole)}, trimmed to these ranks {_size(trimmed)}",
     ]
     # Adapters with initial factors or NaN cannot be condensed.
