@@ -314,10 +314,10 @@ def rank_table(run: Outcome) -> str:
 
 def draw(run: Outcome) -> "Figure":
     """Draw the ranks of a run as a map, with the damaged projections outlined."""
-    names = {1: "one", 2: "two", 4: "four"}
-    number = names.get(len(run.damaged), str(len(run.damaged)))
+    number = len(run.damaged)
     title = (
-        f"La-LoRA finds the damage: ranks after adapting a model\nin which {number} projections (outlined) were damaged"
+        "Ranks after adapting a damaged model\n"
+        f"outlined: the {number} damaged {'projection' if number == 1 else 'projections'} of {len(run.ranks)}"
     )
     return plot_rank_map(list(run.ranks), list(run.ranks.values()), outlined=run.damaged, title=title)
 

@@ -96,6 +96,7 @@ def plot_rank_map(
     import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator
 
     layout = blocks_by_kind(names)
@@ -119,9 +120,10 @@ def plot_rank_map(
         color = "white" if rank > 0.6 * top else "black"
         axes.text(column, row, str(rank), ha="center", va="center", color=color, fontsize=8 if small else 11)
         if name in outlined:
-            axes.add_patch(
-                Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor=ORANGE, linewidth=3)
-            )
+            box = Rectangle((column - 0.44, row - 0.42), 0.88, 0.84, fill=False, edgecolor="#FFB000", linewidth=3)
+            # Visible on light and dark cells, also without color.
+            box.set_path_effects([withStroke(linewidth=6, foreground="black")])
+            axes.add_patch(box)
     axes.set_xticks(range(len(layout.kinds)), layout.kinds)
     if max(map(len, layout.kinds)) > 9:
         axes.set_xticks(range(len(layout.kinds)), layout.kinds, rotation=30, ha="right", rotation_mode="anchor")
