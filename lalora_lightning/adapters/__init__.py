@@ -6,6 +6,7 @@ from lalora_lightning.adapters.condensing import (
     component_costs,
     condense_layers,
     condense_lora,
+    condensed_parameters,
     require_no_initial_factors,
 )
 from lalora_lightning.adapters.disabling import disable_adapters
@@ -43,6 +44,7 @@ __all__ = [
     "component_costs",
     "condense_layers",
     "condense_lora",
+    "condensed_parameters",
     "disable_adapters",
     "disable_input_gradients",
     "enable_input_gradients",

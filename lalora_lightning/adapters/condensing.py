@@ -19,6 +19,7 @@ __all__ = [
     "component_costs",
     "condense_layers",
     "condense_lora",
+    "condensed_parameters",
     "require_no_initial_factors",
 ]
 
@@ -118,11 +119,7 @@ def condense_layers(
         for tensors in factors.values():
             for tensor in tensors:
                 agree(tensor)
-    values = {name: values for name, (_, _, values) in factors.items()}
-    # On the CPU, as a layer may be on any device.
-    worths = [_worth(layers, values, names).cpu() for names in groups.values()]
-    longest = max(map(len, worths))
-    worth = torch.stack([F.pad(each, (0, longest - len(each))) for each in worths])
+    worth = _worths(layers, groups, {name: values for name, (_, _, values) in factors.items()})
     counts = functional.largest_components(
         worth, costs, parameters=limit, energy=size.get("energy") or 1.0, min_rank=min_rank
     )
@@ -146,6 +143,28 @@ def condense_layers(
         parameters=sum(int(layer.rank) * _cost(layer) for layer in layers.values()),
         parameters_before=parameters_before,
     )
+
+
+@torch.no_grad()
+def condensed_parameters(model: nn.Module, energies: Sequence[float], group_by: GroupBy = "module") -> list[int]:
+    """Return how many adapter parameters :func:`condense_lora` would keep, without changing the model.
+
+    A sharded adapter is gathered, so every process has to call this.
+
+    Args:
+        model: An adapted model.
+        energies: Shares of the energy to keep, each in (0, 1].
+        group_by: Which projections share a rank.
+
+    Raises:
+        ValueError: The model has no LoRA layers, or an adapter cannot be condensed.
+    """
+    layers = require_lora_layers(model)
+    groups = group_names(layers, group_by)
+    costs = component_costs(layers, groups)
+    worth = _worths(layers, groups, {name: _singular_factors(name, layer)[2] for name, layer in layers.items()})
+    kept = [functional.largest_components(worth, costs, energy=energy) for energy in energies]
+    return [int((counts * costs).sum()) for counts in kept]
 
 
 def component_costs(layers: Mapping[str, TruncatedLoRALinear], groups: Mapping[str, Sequence[str]]) -> Tensor:
@@ -209,11 +228,16 @@ def _singular_factors(name: str, layer: TruncatedLoRALinear) -> tuple[Tensor, Te
         raise ValueError(f"Cannot condense {name}. {error}") from error
 
 
-def _worth(layers: Mapping[str, TruncatedLoRALinear], values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return the worth of each component of a layer, the sum over its matrices, as ``(r,)``."""
-    longest = max(layers[name].max_rank for name in names)
-    worths = [(layers[name].scaling * values[name].double()).square().sum(0) for name in names]
-    return torch.stack([F.pad(worth, (0, longest - len(worth))) for worth in worths]).sum(0)
+def _worths(
+    layers: Mapping[str, TruncatedLoRALinear], groups: Mapping[str, Sequence[str]], values: Mapping[str, Tensor]
+) -> Tensor:
+    """Return the worth of each component of each layer, the sum over its matrices, as ``(L, r)`` on the CPU."""
+    longest = max(layer.max_rank for layer in layers.values())
+    worths = {
+        name: F.pad((layer.scaling * values[name].double()).square().sum(0), (0, longest - layer.max_rank)).cpu()
+        for name, layer in layers.items()
+    }
+    return torch.stack([torch.stack([worths[name] for name in names]).sum(0) for names in groups.values()])
 
 
 def _shares(kept: Tensor, total: Tensor) -> Any:

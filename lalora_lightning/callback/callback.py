@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -16,6 +16,7 @@ from lalora_lightning import log_keys
 from lalora_lightning.adapters import (
     AdapterSettings,
     add_lora,
+    component_costs,
     find_targets,
     linear_layers_seen,
     lora_layers,
@@ -42,8 +43,9 @@ from lalora_lightning.callback.state import random_state, require_callback_state
 from lalora_lightning.initialization import Init
 from lalora_lightning.layers import TruncatedLoRALinear
 from lalora_lightning.memory import reset_peak_memory
-from lalora_lightning.names import GroupBy
-from lalora_lightning.report.console import print_rank_report
+from lalora_lightning.names import GroupBy, blocks_by_kind, group_names
+from lalora_lightning.report.console import rank_report
+from lalora_lightning.runs import Run
 from lalora_lightning.sparsity import layer_sparsity
 
 if TYPE_CHECKING:
@@ -356,11 +358,14 @@ class LaLoraCallback(AdapterCheckpoints):
         else:
             self._log_readings(trainer, pl_module, metrics)
         self.condensing.end(trainer, self.allocator)
-        if self.allocator is None or not trainer.is_global_zero:
+        if self.allocator is None:
             return
-        self._log.results(trainer, self.plot)
-        if compatibility.has_model_summary(trainer):
-            print_rank_report(self.allocator, pl_module)
+        # On all processes, which gather sharded adapters together.
+        report = rank_report(self.allocator, pl_module) if compatibility.has_model_summary(trainer) else None
+        if trainer.is_global_zero:
+            self._log.results(trainer, self._figures())
+            if report is not None:
+                print(report)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -383,12 +388,8 @@ class LaLoraCallback(AdapterCheckpoints):
             RuntimeError: Fit has not started, or the ranks are fixed.
         """
         from lalora_lightning.plotting import plot_rank_trajectories
-        from lalora_lightning.runs import Run
 
-        if self.allocator is None or not self.history:
-            raise RuntimeError("Expected a run to plot but fit has not started, or its ranks are fixed.")
-        steps, ranks, budgets = zip(*self.history, strict=True)
-        return plot_rank_trajectories(Run(self.allocator.layer_names, self.allocator.max_rank, steps, ranks, budgets))
+        return plot_rank_trajectories(self._run())
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -468,6 +469,25 @@ class LaLoraCallback(AdapterCheckpoints):
             return settings
         steps = steps_of(trainer, settings.freeze_after, "freeze_after")
         return dataclasses.replace(settings, freeze_after=self._earlier_steps + steps)
+
+    def _run(self) -> Run:
+        """Return the run so far."""
+        if self.allocator is None or self._module is None or not self.history:
+            raise RuntimeError("Expected a run to plot but fit has not started, or its ranks are fixed.")
+        steps, ranks, budgets = zip(*self.history, strict=True)
+        layers = lora_layers(self._module)
+        costs = component_costs(layers, group_names(layers, self.allocation_settings.group_by)).tolist()
+        return Run(self.allocator.layer_names, self.allocator.max_rank, steps, ranks, budgets, costs=costs)
+
+    def _figures(self) -> "dict[str, Callable[[], Figure]]":
+        """Return the functions that draw the figures for loggers, by the keys of the figures."""
+        from lalora_lightning.plotting import plot_rank_map
+
+        figures: dict[str, Callable[[], Figure]] = {log_keys.RANK_TRAJECTORIES: self.plot}
+        run = self._run()
+        if blocks_by_kind(run.layer_names) is not None:
+            figures[log_keys.RANK_MAP] = lambda: plot_rank_map(run.layer_names, run.ranks[-1], title="final ranks")
+        return figures
 
     @property
     def _is_condensed(self) -> bool:
