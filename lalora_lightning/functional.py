@@ -275,7 +275,8 @@ def singular_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Q_A, R_A = torch.linalg.qr(A.mT)
     Q_B, R_B = torch.linalg.qr(B)
     U, values, V = torch.linalg.svd(R_B @ R_A.mT)
-    rounding = max(len(B), A.shape[1]) * torch.finfo(A.dtype).eps
+    # The product of the triangular factors has rounding errors of this size, whatever m and d are.
+    rounding = 4 * len(values) * torch.finfo(A.dtype).eps
     values = torch.where(values > values[0] * rounding, values, 0.0)
     norm = A.square().sum(1).mean().sqrt()
     scale_A = torch.where(values > 0, values.sqrt(), norm)

@@ -4,6 +4,7 @@ __all__ = [
     "FIT_PREFIX",
     "PEAK_MEMORY",
     "RANK_BUDGET",
+    "RANK_MAP",
     "RANK_PREFIX",
     "RANK_TOTAL",
     "RANK_TRAJECTORIES",
@@ -29,6 +30,9 @@ RANK_TRAJECTORIES = "rank/trajectories"
 
 SPARSITY_PREFIX = "sparsity/"
 """Prefix of the key of the sparsity of a layer's increment (Eq. 1), in [0, 1]."""
+
+RANK_MAP = "rank/map"
+"""The final ranks of blocks by kind of projection, an image."""
 
 FIT_PREFIX = "fit/"
 """Prefix of the keys that are logged once, at the end of training."""

@@ -7,14 +7,17 @@ import functools
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 __all__ = [
     "WRAPPERS",
+    "BlocksByKind",
     "GroupBy",
+    "blocks_by_kind",
     "common_prefix",
     "group_names",
     "parent_name",
+    "short_names",
     "split_common_prefix",
     "state_name",
 ]
@@ -70,6 +73,57 @@ def split_common_prefix(names: Sequence[str]) -> tuple[str, list[str]]:
     """
     prefix = common_prefix(names) if len(names) > 1 else []
     return ".".join(prefix), [".".join(name.split(".")[len(prefix) :]) or name for name in names]
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Return the shortest endings of dotted names that tell them apart.
+
+    >>> short_names(["attn.proj", "mlp.fc1", "mlp.fc2"])
+    ['proj', 'fc1', 'fc2']
+    >>> short_names(["layer.0.SelfAttention.q", "layer.1.EncDecAttention.q"])
+    ['SelfAttention.q', 'EncDecAttention.q']
+    """
+
+    def ending(name: str, parts: int) -> str:
+        return ".".join(name.split(".")[-parts:])
+
+    def short(name: str) -> str:
+        others = [other for other in names if other != name]
+        lengths = range(1, name.count(".") + 2)
+        return next((e for n in lengths if (e := ending(name, n)) not in [ending(o, n) for o in others]), name)
+
+    return [short(name) for name in names]
+
+
+class BlocksByKind(NamedTuple):
+    """Projections as a table with a row for each block and a column for each kind of projection.
+
+    Attributes:
+        blocks: Labels of the rows.
+        kinds: Labels of the columns.
+        cells: ``(row, column)`` of each projection.
+    """
+
+    blocks: list[str]
+    kinds: list[str]
+    cells: list[tuple[int, int]]
+
+
+def blocks_by_kind(names: Sequence[str]) -> BlocksByKind | None:
+    """Arrange projections as a table, or return None if they are not of several blocks and several kinds.
+
+    >>> blocks_by_kind(["layer.0.attn.q", "layer.0.mlp.up", "layer.1.attn.q", "layer.1.mlp.up"])
+    BlocksByKind(blocks=['0', '1'], kinds=['q', 'up'], cells=[(0, 0), (0, 1), (1, 0), (1, 1)])
+    >>> blocks_by_kind(["layer.0", "layer.1"])
+    """
+    groups = group_names(names, "block")
+    block_of = {name: block for block, members in groups.items() for name in members}
+    kind_of = {name: name.removeprefix(block).lstrip(".") for name, block in block_of.items()}
+    blocks, kinds = list(groups), list(dict.fromkeys(kind_of.values()))
+    if len(blocks) < 2 or len(kinds) < 2 or "" in kinds:
+        return None
+    cells = [(blocks.index(block_of[name]), kinds.index(kind_of[name])) for name in names]
+    return BlocksByKind(split_common_prefix(blocks)[1], short_names(kinds), cells)
 
 
 def group_names(names: Iterable[str], group_by: GroupBy = "block") -> dict[str, list[str]]:

@@ -3,7 +3,9 @@
 import html
 from collections.abc import Collection, Sequence
 
-__all__ = ["html_table", "markdown_table", "text_table"]
+from lalora_lightning.names import BlocksByKind
+
+__all__ = ["block_table", "html_table", "markdown_table", "text_table"]
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
@@ -30,6 +32,18 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Colle
     ]
     lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
     return "\n".join(lines)
+
+
+def block_table(layout: BlocksByKind, values: Sequence[str]) -> list[list[str]]:
+    """Return a table of blocks by kind of projection, with a header and an empty cell where a block has none.
+
+    >>> block_table(BlocksByKind(["0", "1"], ["q", "up"], [(0, 0), (0, 1), (1, 1)]), ["3", "1", "2"])
+    [['block', 'q', 'up'], ['0', '3', '1'], ['1', '', '2']]
+    """
+    rows = [[block, *[""] * len(layout.kinds)] for block in layout.blocks]
+    for (row, column), value in zip(layout.cells, values, strict=True):
+        rows[row][1 + column] = value
+    return [["block", *layout.kinds], *rows]
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] | None = None) -> str:

@@ -54,8 +54,8 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, condense_to: float | None = None, condense_at: int | float = 0.7, **settings: Any) -> None:
-        AllocationSettings(**settings)
-        require_condensing(condense_to, condense_at)
+        allocation = AllocationSettings(**settings)
+        require_condensing(condense_to, condense_at, allocation.min_rank)
         self.condense_to, self.condense_at = condense_to, condense_at
         self.settings = settings
         self.allocator: RankAllocator | None = None
@@ -78,7 +78,10 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
                     "their ranks, use the same LaLoraTrainerCallback or resume_from_checkpoint.",
                     stacklevel=2,
                 )
-            self.allocator = RankAllocator(model, **self.settings)
+            allocator = RankAllocator(model, **self.settings)
+            if self.condense_to is not None:
+                allocator.require_condensable(self.condense_to)
+            self.allocator = allocator
         require_trainable(model)
         enable_input_gradients(model)
         self._gradients = GradientMonitor(model)
@@ -120,6 +123,24 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         if state.global_step + 1 >= at:
             agree = broadcast_from_first if args.world_size > 1 else None
             self.allocator.condense(self.condense_to, [kwargs["optimizer"]], agree)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn if the adapters of the final model were not condensed."""
+        if self.allocator is None or self.condense_to is None:
+            return
+        if not self.allocator.condensed:
+            reason = f"the run ended at step {state.global_step}"
+        elif self.allocator.read()[1] > self.condense_to * len(self.allocator.layer_names) + 1e-3:
+            reason = f"{state.best_model_checkpoint} was loaded, which is from before that step"
+        else:
+            return
+        warnings.warn(
+            f"La-LoRA: the adapters of the model are not condensed, because {reason}; call condense_lora(model, "
+            f"average_rank={self.condense_to}), or lower condense_at.",
+            stacklevel=2,
+        )
 
     def on_log(
         self,

@@ -1,6 +1,7 @@
 """The same batches and seed in four kinds of loop: the ranks of every step are the same."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,116 @@ def test_a_second_call_of_transformers_train_continues(tmp_path: Path):
     trainer.train()
     assert sum(logged_ranks(trainer)[0]) >= sum(before)
     assert callback.allocator.budget >= budget
+
+
+@pytest.mark.parametrize(
+    ("optim", "settings", "steps"),
+    [
+        ("adagrad", {"contribution": "fisher"}, [7, 14, 21]),
+        ("adamw_torch", {"freeze_after": 4}, [14]),
+        ("sgd", {"min_rank": 0, "condense_to": 0.5, "group_by": "module"}, [14]),
+    ],
+)
+def test_transformers_trainer_condenses(tmp_path: Path, optim: str, settings: dict[str, Any], steps: list[int]):
+    """Once, at its step; and a run that is resumed before, at and after is the run that never stopped."""
+
+    def run(resume: Path | None, **saving: Any) -> tuple[OrderedTrainer, LaLoraTrainerCallback]:
+        callback = LaLoraTrainerCallback(**{"gamma": 1.0, "condense_to": 1.5, "condense_at": 14, **settings})
+        trainer = new_transformers_trainer(tmp_path, callback, num_train_epochs=4, optim=optim, **saving)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="La-LoRA")
+            trainer.train(resume_from_checkpoint=resume)
+        return trainer, callback
+
+    whole, callback = run(None, save_strategy="epoch")
+    budgets = [log["rank/budget"] for log in whole.state.log_history if "loss" in log]
+    expected = callback.allocator.ranks.tolist()
+    costs = callback.allocator.costs.tolist()
+    used = sum(rank * cost for rank, cost in zip(expected, costs, strict=True))
+    assert used <= callback.condense_to * len(expected)
+    assert budgets[12] > budgets[13]
+    assert budgets[13:] == pytest.approx([used] * 15)
+    for step in steps:
+        resumed, again = run(tmp_path / f"checkpoint-{step}")
+        assert again.allocator.ranks.tolist() == expected
+        for own, other in zip(lora_layers(resumed.model).values(), lora_layers(whole.model).values(), strict=True):
+            assert torch.equal(own.lora_A, other.lora_A)
+            assert torch.equal(own.lora_B, other.lora_B)
+            assert torch.equal(own.rank_mask, other.rank_mask)
+    # A second call goes on at these ranks.
+    whole.train()
+    assert callback.allocator.ranks.tolist() == expected
+
+
+def test_transformers_trainer_condenses_after_a_fraction_of_its_steps(tmp_path: Path):
+    callback = LaLoraTrainerCallback(gamma=1.0, condense_to=1.5, condense_at=0.5)
+    trainer = new_transformers_trainer(tmp_path, callback)
+    trainer.train()
+    ranks = logged_ranks(trainer)
+    assert ranks[8] != ranks[9]
+    assert all(then == ranks[9] for then in ranks[9:])
+    layers = lora_layers(trainer.model).values()
+    assert sum(int(layer.rank) for layer in layers) <= 1.5 * len(layers)
+
+
+def test_transformers_trainer_condenses_what_a_plain_loop_does(tmp_path: Path):
+    trainer = new_transformers_trainer(tmp_path, LaLoraTrainerCallback(condense_to=1.5, condense_at=10, gamma=1.0))
+    trainer.train()
+    torch.manual_seed(0)
+    model: nn.Module = TinyTransformer()
+    add_lora(model, rank=4)
+    weights = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]
+    groups = [{"params": weights}, {"params": [model.head.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.05, weight_decay=0.01)
+    allocator = RankAllocator(model, gamma=1.0)
+    for _ in range(3):
+        for x, y in loader():
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            allocator.step()
+            if allocator.steps == 10:
+                allocator.condense(1.5, [optimizer])
+    for own, other in zip(lora_layers(trainer.model).values(), lora_layers(model).values(), strict=True):
+        torch.testing.assert_close(own.increment(), other.increment())
+
+
+def test_transformers_trainer_says_that_it_did_not_condense(tmp_path: Path):
+    trainer = new_transformers_trainer(tmp_path, LaLoraTrainerCallback(condense_to=1.5, condense_at=30))
+    with pytest.warns(UserWarning, match="not condensed, because the run ended at step 21; call condense_lora"):
+        trainer.train()
+    best = {"eval_strategy": "steps", "eval_steps": 6, "save_strategy": "steps", "save_steps": 6}
+    trainer = new_transformers_trainer(
+        tmp_path,
+        LaLoraTrainerCallback(condense_to=1.2, condense_at=13, gamma=20.0),
+        **best,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    with pytest.warns(UserWarning, match="checkpoint-6 was loaded, which is from before that step"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"condense_to": 0.5}, "at least min_rank=1"), ({"condense_to": 2, "condense_at": 0}, "condense_at")],
+)
+def test_settings_of_condensing_in_transformers_trainer(settings: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        LaLoraTrainerCallback(**settings)
+
+
+def test_transformers_trainer_refuses_to_condense_initial_factors(tmp_path: Path):
+    trainer = new_transformers_trainer(tmp_path, LaLoraTrainerCallback(condense_to=2))
+    torch.manual_seed(0)
+    trainer.model = trainer.model_wrapped = TransformersClassifier()
+    add_lora(trainer.model, rank=4, init="pissa")
+    with pytest.raises(ValueError, match=r"Cannot condense .* init='pissa'"):
+        trainer.train()
+    trainer = new_transformers_trainer(tmp_path, LaLoraTrainerCallback(condense_to=4))
+    with pytest.raises(ValueError, match="below the maximum rank 4"):
+        trainer.train()
 
 
 def test_a_new_callback_resets_ranks_with_a_warning(tmp_path: Path):

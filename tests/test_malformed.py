@@ -150,7 +150,7 @@ def test_allocator_states(state: Any, contribution: Any):
 def callback_with_allocator() -> LaLoraCallback:
     callback = LaLoraCallback(rank=4)
     callback.allocator = RankAllocator(trained())
-    callback.history = [(0, [1, 1], 2.0)]
+    callback.history.append((0, [1, 1], 2.0))
     return callback
 
 

@@ -1,7 +1,14 @@
 """Adapting a model: finding targets and the task head; inserting, inspecting, merging and removing layers."""
 
 from lalora_lightning.adapters.adaptation import add_lora
-from lalora_lightning.adapters.condensing import Condensation, component_costs, condense_layers, condense_lora
+from lalora_lightning.adapters.condensing import (
+    Condensation,
+    component_costs,
+    condense_layers,
+    condense_lora,
+    condensed_parameters,
+    require_no_initial_factors,
+)
 from lalora_lightning.adapters.disabling import disable_adapters
 from lalora_lightning.adapters.gradients import (
     GradientMonitor,
@@ -37,6 +44,7 @@ __all__ = [
     "component_costs",
     "condense_layers",
     "condense_lora",
+    "condensed_parameters",
     "disable_adapters",
     "disable_input_gradients",
     "enable_input_gradients",
@@ -52,6 +60,7 @@ __all__ = [
     "remove_layers",
     "require_gradients",
     "require_lora_layers",
+    "require_no_initial_factors",
     "require_trainable",
     "require_unmerged",
     "summarize",

@@ -14,7 +14,14 @@ from lalora_lightning.layers import TruncatedLoRALinear
 from lalora_lightning.names import GroupBy, group_names
 from lalora_lightning.sharding import scatter_into
 
-__all__ = ["Condensation", "component_costs", "condense_layers", "condense_lora"]
+__all__ = [
+    "Condensation",
+    "component_costs",
+    "condense_layers",
+    "condense_lora",
+    "condensed_parameters",
+    "require_no_initial_factors",
+]
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,6 @@ def condense_lora(
         RuntimeError: A layer is merged.
     """
     layers = require_lora_layers(model)
-    require_unmerged(layers)
     groups = group_names(layers, group_by)
     size = {"average_rank": average_rank, "parameters": parameters, "energy": energy}
     return condense_layers(layers, groups, size, min_rank, agree)
@@ -105,6 +111,7 @@ def condense_layers(
     agree: Callable[[Tensor], None] | None,
 ) -> Condensation:
     """Condense layers by name in these groups; see :func:`condense_lora`, which has the arguments in ``size``, too."""
+    require_unmerged(layers)
     costs = component_costs(layers, groups)
     limit = _require_size(costs, size, min_rank)
     factors = {name: _singular_factors(name, layer) for name, layer in layers.items()}
@@ -112,11 +119,7 @@ def condense_layers(
         for tensors in factors.values():
             for tensor in tensors:
                 agree(tensor)
-    values = {name: values for name, (_, _, values) in factors.items()}
-    # On the CPU, as a layer may be on any device.
-    worths = [_worth(layers, values, names).cpu() for names in groups.values()]
-    longest = max(map(len, worths))
-    worth = torch.stack([F.pad(each, (0, longest - len(each))) for each in worths])
+    worth = _worths(layers, groups, {name: values for name, (_, _, values) in factors.items()})
     counts = functional.largest_components(
         worth, costs, parameters=limit, energy=size.get("energy") or 1.0, min_rank=min_rank
     )
@@ -142,6 +145,28 @@ def condense_layers(
     )
 
 
+@torch.no_grad()
+def condensed_parameters(model: nn.Module, energies: Sequence[float], group_by: GroupBy = "module") -> list[int]:
+    """Return how many adapter parameters :func:`condense_lora` would keep, without changing the model.
+
+    A sharded adapter is gathered, so every process has to call this.
+
+    Args:
+        model: An adapted model.
+        energies: Shares of the energy to keep, each in (0, 1].
+        group_by: Which projections share a rank.
+
+    Raises:
+        ValueError: The model has no LoRA layers, or an adapter cannot be condensed.
+    """
+    layers = require_lora_layers(model)
+    groups = group_names(layers, group_by)
+    costs = component_costs(layers, groups)
+    worth = _worths(layers, groups, {name: _singular_factors(name, layer)[2] for name, layer in layers.items()})
+    kept = [functional.largest_components(worth, costs, energy=energy) for energy in energies]
+    return [int((counts * costs).sum()) for counts in kept]
+
+
 def component_costs(layers: Mapping[str, TruncatedLoRALinear], groups: Mapping[str, Sequence[str]]) -> Tensor:
     """Return the parameters of one component of each layer, the sum of ``m + d`` over its matrices, as ``(L,)`` int64.
 
@@ -150,6 +175,19 @@ def component_costs(layers: Mapping[str, TruncatedLoRALinear], groups: Mapping[s
         groups: Names of the projections of each layer.
     """
     return torch.tensor([sum(_cost(layers[name]) for name in names) for names in groups.values()])
+
+
+def require_no_initial_factors(layers: Mapping[str, TruncatedLoRALinear]) -> None:
+    """Check that the increments are products of two factors.
+
+    Raises:
+        ValueError: A layer has initial factors (PiSSA, OLoRA, MiLoRA).
+    """
+    for name, layer in layers.items():
+        try:
+            layer.require_no_initial_factors()
+        except ValueError as error:
+            raise ValueError(f"Cannot condense {name}. {error}") from error
 
 
 def _cost(layer: TruncatedLoRALinear) -> int:
@@ -185,19 +223,21 @@ def _require_size(costs: Tensor, size: Mapping[str, float | None], min_rank: int
 
 def _singular_factors(name: str, layer: TruncatedLoRALinear) -> tuple[Tensor, Tensor, Tensor]:
     try:
-        A, B, values = layer.singular_factors()
+        return layer.singular_factors()
     except (ValueError, torch.linalg.LinAlgError) as error:
         raise ValueError(f"Cannot condense {name}. {error}") from error
-    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
-        raise ValueError(f"Cannot condense {name}. Expected finite factors but got NaN or Inf.")
-    return A, B, values
 
 
-def _worth(layers: Mapping[str, TruncatedLoRALinear], values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Return the worth of each component of a layer, the sum over its matrices, as ``(r,)``."""
-    longest = max(layers[name].max_rank for name in names)
-    worths = [(layers[name].scaling * values[name].double()).square().sum(0) for name in names]
-    return torch.stack([F.pad(worth, (0, longest - len(worth))) for worth in worths]).sum(0)
+def _worths(
+    layers: Mapping[str, TruncatedLoRALinear], groups: Mapping[str, Sequence[str]], values: Mapping[str, Tensor]
+) -> Tensor:
+    """Return the worth of each component of each layer, the sum over its matrices, as ``(L, r)`` on the CPU."""
+    longest = max(layer.max_rank for layer in layers.values())
+    worths = {
+        name: F.pad((layer.scaling * values[name].double()).square().sum(0), (0, longest - layer.max_rank)).cpu()
+        for name, layer in layers.items()
+    }
+    return torch.stack([torch.stack([worths[name] for name in names]).sum(0) for names in groups.values()])
 
 
 def _shares(kept: Tensor, total: Tensor) -> Any:

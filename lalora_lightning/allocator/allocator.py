@@ -15,6 +15,7 @@ from lalora_lightning.adapters import (
     condense_layers,
     lora_layers,
     require_lora_layers,
+    require_no_initial_factors,
     require_unmerged,
 )
 from lalora_lightning.allocator.broadcasts import leave_masks_out_of_broadcasts
@@ -294,6 +295,19 @@ class RankAllocator:
             self._observed = True
         self._write()
 
+    def require_condensable(self, average_rank: float) -> None:
+        """Check, before training, that :meth:`condense` will be able to drop components.
+
+        Raises:
+            ValueError: ``average_rank`` is not below the maximum rank, or an adapter has initial factors.
+        """
+        if average_rank >= self.max_rank:
+            raise ValueError(
+                f"Expected the average rank to condense to, to be below the maximum rank {self.max_rank} but got "
+                f"{average_rank}; raise the rank of the adapters."
+            )
+        require_no_initial_factors(self._layers)
+
     def condense(
         self,
         average_rank: float,
@@ -312,6 +326,7 @@ class RankAllocator:
 
         Raises:
             ValueError: ``average_rank`` is out of range, or an adapter cannot be condensed. Nothing is changed.
+            RuntimeError: A layer is merged.
         """
         size = {"average_rank": average_rank}
         condensation = condense_layers(self._layers, self._groups, size, self.settings.min_rank, agree)

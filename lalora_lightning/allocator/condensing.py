@@ -8,7 +8,7 @@ from torch import Tensor
 __all__ = ["broadcast_from_first", "require_condensing"]
 
 
-def require_condensing(condense_to: float | None, condense_at: int | float) -> None:
+def require_condensing(condense_to: float | None, condense_at: int | float, min_rank: int) -> None:
     """Check when and how far to condense.
 
     Raises:
@@ -16,6 +16,11 @@ def require_condensing(condense_to: float | None, condense_at: int | float) -> N
     """
     if condense_to is not None and not 0 < condense_to < math.inf:
         raise ValueError(f"Expected condense_to to be a positive average rank but got {condense_to}.")
+    if condense_to is not None and condense_to < min_rank:
+        raise ValueError(
+            f"Expected condense_to to be at least min_rank={min_rank} but got {condense_to}; with min_rank=0, layers "
+            "may end with nothing."
+        )
     steps = isinstance(condense_at, int) and not isinstance(condense_at, bool) and condense_at >= 1
     if not steps and not (isinstance(condense_at, float) and 0 < condense_at <= 1):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -16,6 +16,7 @@ from lalora_lightning import log_keys
 from lalora_lightning.adapters import (
     AdapterSettings,
     add_lora,
+    component_costs,
     find_targets,
     linear_layers_seen,
     lora_layers,
@@ -34,7 +35,7 @@ from lalora_lightning.callback import compatibility
 from lalora_lightning.callback.checkpoint_hooks import AdapterCheckpoints
 from lalora_lightning.callback.checks import LearningChecks
 from lalora_lightning.callback.condensing import CondensingSchedule, steps_of
-from lalora_lightning.callback.history import MAX_LOGGED, PendingReadings, Reading, record_reading, thinned
+from lalora_lightning.callback.history import RankHistory, Reading
 from lalora_lightning.callback.loggers import RunLog, costs
 from lalora_lightning.callback.precision import keep_adapters_in_float32, warn_about_half_precision
 from lalora_lightning.callback.pruning import leave_adapters_unpruned, require_unpruned_adapters
@@ -42,8 +43,9 @@ from lalora_lightning.callback.state import random_state, require_callback_state
 from lalora_lightning.initialization import Init
 from lalora_lightning.layers import TruncatedLoRALinear
 from lalora_lightning.memory import reset_peak_memory
-from lalora_lightning.names import GroupBy
-from lalora_lightning.report.console import print_rank_report
+from lalora_lightning.names import GroupBy, blocks_by_kind, group_names
+from lalora_lightning.report.console import rank_report
+from lalora_lightning.runs import Run
 from lalora_lightning.sparsity import layer_sparsity
 
 if TYPE_CHECKING:
@@ -179,7 +181,7 @@ class LaLoraCallback(AdapterCheckpoints):
                 f"Expected freeze_after to be a number of steps (an integer) or a fraction in [0, 1] but got "
                 f"{freeze_after}."
             )
-        self.condensing = CondensingSchedule(condense_to, condense_at)
+        self.condensing = CondensingSchedule(condense_to, condense_at, min_rank)
         if condense_to is not None and isinstance(fixed_ranks, Mapping):
             raise ValueError(
                 "Expected projections of one maximum rank with condense_to but fixed_ranks sets others; use "
@@ -189,7 +191,6 @@ class LaLoraCallback(AdapterCheckpoints):
         self.fixed_ranks = fixed_ranks
 
         self.allocator: RankAllocator | None = None
-        self.history: list[Reading] = []
         self._module: pl.LightningModule | None = None
         # The layers that this callback inserted, to which its settings apply.
         self._inserted: list[TruncatedLoRALinear] = []
@@ -198,11 +199,7 @@ class LaLoraCallback(AdapterCheckpoints):
         self._last_step: int | None = None
         # The allocator's steps before the current Trainer's first one.
         self._earlier_steps = 0
-        self._pending = PendingReadings()
-        # Readings that are in the history but not in the logs, with Lightning's step for logging.
-        self._unlogged: dict[int, Reading] = {}
-        # Number of steps with NaN or Inf that have already been reported.
-        self._skipped = 0
+        self._history = RankHistory()
         # The state that was loaded before the allocator was built.
         self._restored: dict[str, Any] | None = None
         self._random: dict[str, Tensor] | None = None
@@ -251,7 +248,7 @@ class LaLoraCallback(AdapterCheckpoints):
         warn_about_half_precision(pl_module)
         # Not before: a module that builds its model in configure_model() has its layers only now.
         inserted = set(layers.values()) <= set(self._inserted)
-        settings = {
+        logged = {
             **(vars(self.adapter_settings) if inserted else {}),
             **vars(self.allocation_settings),
             "save_adapter_only": self.save_adapter_only,
@@ -260,7 +257,7 @@ class LaLoraCallback(AdapterCheckpoints):
             "condense_to": self.condensing.average_rank,
             "condense_at": self.condensing.at,
         }
-        self._log.settings(trainer, pl_module, settings)
+        self._log.settings(trainer, pl_module, logged)
         if self.allocator is not None and not self.allocator.drives(pl_module):
             self._forget()
         new_run = trainer.ckpt_path is None and self._restored is None
@@ -279,7 +276,12 @@ class LaLoraCallback(AdapterCheckpoints):
                     "fit(ckpt_path=...) to continue with the ranks of a run, or call trim_lora(module) and set "
                     "fixed_ranks=True to keep them."
                 )
-            self.allocator = RankAllocator(pl_module, **vars(self._settings_for(trainer)))
+            # The length of the run is not asked for yet: Lightning would shuffle the rows of the first epoch.
+            settings = dataclasses.replace(self.allocation_settings, freeze_after=None)
+            allocator = RankAllocator(pl_module, **vars(settings))
+            if self.condensing.average_rank is not None:
+                allocator.require_condensable(self.condensing.average_rank)
+            self.allocator = allocator
         if at_maximum:
             for layer in layers.values():
                 layer.set_rank(layer.max_rank)
@@ -310,17 +312,20 @@ class LaLoraCallback(AdapterCheckpoints):
                 self._earlier_steps = self.allocator.steps
             self.allocator.settings = self._settings_for(trainer)
             self.condensing.start(trainer, self._earlier_steps)
-        if self.allocator is not None and self._last_step is not None and self._last_step < trainer.global_step:
+        is_behind = self._last_step is not None and self._last_step < trainer.global_step
+        if self.allocator is not None and is_behind:
             # The checkpoint was saved after an optimizer step but before the rank update.
             self._update_ranks(trainer, self.allocator)
         self._last_step = trainer.global_step
         self._started = time.monotonic()
         reset_peak_memory(pl_module.device)
         if self.allocator is not None:
-            self._pending.note(trainer.global_step, compatibility.completed_steps(trainer), self.allocator)
+            if trainer.ckpt_path is None:
+                self._history.drop_unlogged()
+            if not is_behind:
+                # For the history only: as with the module's own metrics, logs begin after the first step.
+                self._history.note(trainer.global_step, None, self.allocator)
             self._read()
-            # As with the module's own metrics, logs begin after the first step.
-            self._unlogged.clear()
             self._log.layout(trainer)
 
     @override
@@ -356,16 +361,19 @@ class LaLoraCallback(AdapterCheckpoints):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log time, memory and final ranks, draw the trajectories and print the rank report."""
         metrics = costs(pl_module, time.monotonic() - self._started)
-        if self._pending or self._unlogged:
-            self._log_readings(trainer, pl_module, metrics)
-        else:
+        if self._history.is_logged():
             self._log.metrics(trainer, metrics, compatibility.completed_steps(trainer) - 1)
-        self.condensing.end(self.allocator)
-        if self.allocator is None or not trainer.is_global_zero:
+        else:
+            self._log_readings(trainer, pl_module, metrics)
+        self.condensing.end(trainer, self.allocator)
+        if self.allocator is None:
             return
-        self._log.results(trainer, self.plot)
-        if compatibility.has_model_summary(trainer):
-            print_rank_report(self.allocator, pl_module)
+        # On all processes, which gather sharded adapters together.
+        report = rank_report(self.allocator, pl_module) if compatibility.has_model_summary(trainer) else None
+        if trainer.is_global_zero:
+            self._log.results(trainer, self._figures())
+            if report is not None:
+                print(report)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -388,12 +396,8 @@ class LaLoraCallback(AdapterCheckpoints):
             RuntimeError: Fit has not started, or the ranks are fixed.
         """
         from lalora_lightning.plotting import plot_rank_trajectories
-        from lalora_lightning.runs import Run
 
-        if self.allocator is None or not self.history:
-            raise RuntimeError("Expected a run to plot but fit has not started, or its ranks are fixed.")
-        steps, ranks, budgets = zip(*self.history, strict=True)
-        return plot_rank_trajectories(Run(self.allocator.layer_names, self.allocator.max_rank, steps, ranks, budgets))
+        return plot_rank_trajectories(self._run())
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -406,7 +410,7 @@ class LaLoraCallback(AdapterCheckpoints):
             "allocator": None if self.allocator is None else self.allocator.state_dict(),
             "last_step": self._last_step,
             "earlier_steps": self._earlier_steps,
-            "history": [[step, ranks, budget] for step, ranks, budget in self.history],
+            **self._history.state_dict(),
             "random": random_state(),
         }
 
@@ -424,13 +428,18 @@ class LaLoraCallback(AdapterCheckpoints):
             self._restored = None if isinstance(state_dict, Mapping) and not state_dict else state_dict
 
     @property
+    def history(self) -> list[Reading]:
+        """``(step, ranks, budget)`` of the optimizer steps so far."""
+        return self._history.readings
+
+    @property
     def _has_state(self) -> bool:
         """Whether fit has begun."""
         return self.allocator is not None or self._last_step is not None
 
     def _forget(self) -> None:
         """Reset everything that belongs to a run with other layers."""
-        self.allocator, self.history, self._skipped = None, [], 0
+        self.allocator, self._history = None, RankHistory()
         self._last_step = self._restored = self._random = None
         self._earlier_steps = 0
 
@@ -452,8 +461,7 @@ class LaLoraCallback(AdapterCheckpoints):
             )
         if self.allocator is not None:
             self.allocator.load_state_dict(state_dict["allocator"])
-            self._skipped = int(self.allocator.skipped)
-        self.history = [(step, list(ranks), budget) for step, ranks, budget in state_dict["history"]]
+        self._history.load_state_dict(state_dict, 0 if self.allocator is None else int(self.allocator.skipped))
         self._restored = None
         self._last_step = state_dict["last_step"]
         # States of version 0.1.0 do not have it.
@@ -470,6 +478,25 @@ class LaLoraCallback(AdapterCheckpoints):
         steps = steps_of(trainer, settings.freeze_after, "freeze_after")
         return dataclasses.replace(settings, freeze_after=self._earlier_steps + steps)
 
+    def _run(self) -> Run:
+        """Return the run so far."""
+        if self.allocator is None or self._module is None or not self.history:
+            raise RuntimeError("Expected a run to plot but fit has not started, or its ranks are fixed.")
+        steps, ranks, budgets = zip(*self.history, strict=True)
+        layers = lora_layers(self._module)
+        costs = component_costs(layers, group_names(layers, self.allocation_settings.group_by)).tolist()
+        return Run(self.allocator.layer_names, self.allocator.max_rank, steps, ranks, budgets, costs=costs)
+
+    def _figures(self) -> "dict[str, Callable[[], Figure]]":
+        """Return the functions that draw the figures for loggers, by the keys of the figures."""
+        from lalora_lightning.plotting import plot_rank_map
+
+        figures: dict[str, Callable[[], Figure]] = {log_keys.RANK_TRAJECTORIES: self.plot}
+        run = self._run()
+        if blocks_by_kind(run.layer_names) is not None:
+            figures[log_keys.RANK_MAP] = lambda: plot_rank_map(run.layer_names, run.ranks[-1], title="final ranks")
+        return figures
+
     @property
     def _is_condensed(self) -> bool:
         return self.allocator is not None and self.allocator.condensed
@@ -478,21 +505,17 @@ class LaLoraCallback(AdapterCheckpoints):
         """Update the ranks after an optimizer step, condense if it is time to, and note the ranks of the step."""
         allocator.step()
         self.condensing.after_step(trainer, allocator)
-        self._pending.note(trainer.global_step, compatibility.completed_steps(trainer), allocator)
+        self._history.note(trainer.global_step, compatibility.completed_steps(trainer), allocator)
 
     def _read(self) -> None:
-        """Read ranks and budgets from the device, record them, and warn about skipped steps."""
+        """Read ranks and budgets from the device, and warn about skipped steps."""
         assert self.allocator is not None
-        readings, logged_steps, skipped = self._pending.collect(self.allocator)
-        if skipped > self._skipped:
+        skipped = self._history.read(self.allocator)
+        if skipped > 0:
             rank_zero_warn(
-                f"La-LoRA: {skipped - self._skipped} optimizer steps since the last report left weights that are "
-                "NaN or Inf; ranks and budget did not change. Lower the learning rate or clip gradients."
+                f"La-LoRA: {skipped} optimizer steps since the last report left weights that are NaN or Inf; ranks and "
+                "budget did not change. Lower the learning rate or clip gradients."
             )
-            self._skipped = skipped
-        for reading in readings:
-            record_reading(self.history, *reading)
-        self._unlogged |= zip(logged_steps, readings, strict=True)
 
     def _log_readings(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, others: Mapping[str, float] | None = None
@@ -505,16 +528,12 @@ class LaLoraCallback(AdapterCheckpoints):
         assert self.allocator is not None
         names = self.allocator.layer_names
         self._read()
-        logged_step = max(self._unlogged)
-        _, ranks, budget = self._unlogged[logged_step]
-        kept = {step for step, *_ in thinned(list(self._unlogged.values()), MAX_LOGGED)}
-        for earlier_step, (step, earlier_ranks, earlier_budget) in self._unlogged.items():
-            if step in kept and earlier_step != logged_step:
-                self._log.metrics(trainer, log_keys.rank_metrics(names, earlier_ranks, earlier_budget), earlier_step)
-        self._unlogged.clear()
+        *earlier, (last_step, (_, ranks, budget)) = self._history.take_unlogged().items()
+        for logged_step, (_, earlier_ranks, earlier_budget) in earlier:
+            self._log.metrics(trainer, log_keys.rank_metrics(names, earlier_ranks, earlier_budget), logged_step)
         metrics = log_keys.rank_metrics(names, ranks, budget) | dict(others or {})
         if self.log_sparsity:
             sparsity = layer_sparsity(pl_module, self.allocation_settings.group_by).tolist()
             metrics |= {log_keys.sparsity_key(name): share for name, share in zip(names, sparsity, strict=True)}
-        self._log.metrics(trainer, metrics, logged_step)
+        self._log.metrics(trainer, metrics, last_step)
         return metrics

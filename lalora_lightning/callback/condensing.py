@@ -16,13 +16,14 @@ class CondensingSchedule:
     Args:
         average_rank: As many parameters as LoRA with this rank on the same projections; None to never condense.
         at: Number of optimizer steps (an integer) or fraction of the run (a float) after which to condense.
+        min_rank: Minimum rank of a layer.
 
     Raises:
         ValueError: An argument is out of range.
     """
 
-    def __init__(self, average_rank: float | None, at: int | float) -> None:
-        require_condensing(average_rank, at)
+    def __init__(self, average_rank: float | None, at: int | float, min_rank: int) -> None:
+        require_condensing(average_rank, at, min_rank)
         self.average_rank, self.at = average_rank, at
         # The allocator's step after which to condense; None before a run.
         self._step: int | None = None
@@ -49,9 +50,11 @@ class CondensingSchedule:
         condensation = allocator.condense(self.average_rank, trainer.optimizers, agree)
         rank_zero_info(f"La-LoRA: condensed after step {trainer.global_step}: {condensation}")
 
-    def end(self, allocator: RankAllocator | None) -> None:
-        """Warn if the run was too short."""
-        if self.average_rank is not None and allocator is not None and not allocator.condensed:
+    def end(self, trainer: pl.Trainer, allocator: RankAllocator | None) -> None:
+        """Warn if the run was too short, unless it was a trial of one step."""
+        if self.average_rank is None or allocator is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not allocator.condensed:
             rank_zero_warn(
                 f"La-LoRA: the adapters were not condensed, because the run ended at step {allocator.steps}, before "
                 f"step {self._step}; call condense_lora(module, average_rank={self.average_rank}), or lower "

@@ -1,13 +1,14 @@
-"""The history of ranks and budget: every step, in bounded memory, copied from the device only at logging steps."""
+"""The history of ranks and budget: every step, in bounded memory, copied from the device only when it is read."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from lalora_lightning.allocator import RankAllocator
 
-__all__ = ["MAX_LOGGED", "MAX_PENDING", "MAX_READINGS", "PendingReadings", "Reading", "record_reading", "thinned"]
+__all__ = ["MAX_PENDING", "MAX_READINGS", "RankHistory", "Reading", "thinned"]
 
 Reading = tuple[int, list[int], float]
 """Optimizer step, ranks of all layers, and budget."""
@@ -19,51 +20,99 @@ MAX_PENDING = 1000
 """Maximum number of steps on the device; when it is exceeded, every second one is dropped."""
 
 
-MAX_LOGGED = 32
-"""Steps that are logged at one logging step, at most twice as many if the ranks keep changing."""
+class RankHistory:
+    """Ranks and budget of the steps of a run: noted on the device, read in one transfer, then logged.
 
-
-class PendingReadings:
-    """Ranks and budgets of the steps since the last logging step, which are still on the device."""
+    Attributes:
+        readings: What has been read, by rising step.
+        skipped: Number of steps so far whose weights were not finite.
+    """
 
     def __init__(self) -> None:
-        # Optimizer step, Lightning's step for logging, ranks and budget.
-        self._pending: list[tuple[int, int, Tensor, Tensor]] = []
+        self.readings: list[Reading] = []
+        self.skipped = 0
+        # Still on the device: optimizer step, Lightning's step for logging, ranks and budget.
+        self._pending: list[tuple[int, int | None, Tensor, Tensor]] = []
+        # Read but not logged, by Lightning's step for logging.
+        self._unlogged: dict[int, Reading] = {}
 
-    def __len__(self) -> int:
-        """Return the number of steps."""
-        return len(self._pending)
+    def note(self, step: int, logged_step: int | None, allocator: RankAllocator) -> None:
+        """Keep ranks and budget of a step. The allocator replaces these tensors and does not change them.
 
-    def note(self, step: int, logged_step: int, allocator: RankAllocator) -> None:
-        """Keep ranks and budget of a step. The allocator replaces these tensors and does not change them."""
+        Args:
+            step: Optimizer step.
+            logged_step: Lightning's step for logging; None for a step that is not logged.
+            allocator: The allocator after this step.
+        """
         self._pending.append((step, logged_step, allocator.ranks, allocator.budget))
         if len(self._pending) > MAX_PENDING:
             del self._pending[1::2]
 
-    def collect(self, allocator: RankAllocator) -> tuple[list[Reading], list[int], int]:
-        """Copy everything from the device in one transfer, and begin anew.
+    def read(self, allocator: RankAllocator) -> int:
+        """Copy all noted steps from the device in one transfer.
 
         Returns:
-            A reading for each step, Lightning's steps for logging, and the number of skipped steps.
+            Number of steps since the last call whose weights were not finite.
         """
-        rows, skipped = allocator.read_steps([(ranks, budget) for *_, ranks, budget in self._pending])
-        steps, logged_steps = (
-            [step for step, *_ in self._pending],
-            [logged_step for _, logged_step, *_ in self._pending],
-        )
-        self._pending.clear()
+        pending, self._pending = self._pending, []
+        rows, skipped = allocator.read_steps([(ranks, budget) for *_, ranks, budget in pending])
         # The last row is the present, that of the last step unless the ranks of the model were changed since.
-        readings = [(step, *row) for step, row in zip(steps, rows[:-2] + rows[-1:], strict=False)]
-        return readings, logged_steps, skipped
+        for (step, logged_step, *_), row in zip(pending, rows[:-2] + rows[-1:], strict=False):
+            self._append((step, *row))
+            if logged_step is not None:
+                self._unlogged[logged_step] = (step, *row)
+        if len(self._unlogged) > MAX_READINGS:
+            self._unlogged = self._changes()
+        new, self.skipped = skipped - self.skipped, skipped
+        return new
 
+    def is_logged(self) -> bool:
+        """Return whether every step has been logged."""
+        return not self._pending and not self._unlogged
 
-def record_reading(history: list[Reading], step: int, ranks: list[int], budget: float) -> None:
-    """Append ranks and budget of a step, and drop entries of this or a later step, from an earlier run."""
-    while history and history[-1][0] >= step:
-        history.pop()
-    history.append((step, ranks, budget))
-    if len(history) > MAX_READINGS:
-        history[:] = thinned(history, MAX_READINGS)
+    def take_unlogged(self) -> dict[int, Reading]:
+        """Return the steps to log by Lightning's step for logging, the last one last, and regard them as logged.
+
+        Steps where no rank changes are left out.
+        """
+        unlogged, self._unlogged = self._changes(), {}
+        return unlogged
+
+    def drop_unlogged(self) -> None:
+        """Regard all steps as logged."""
+        self._unlogged.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been read."""
+        return {
+            "history": [list(reading) for reading in self.readings],
+            "unlogged": [[logged_step, step] for logged_step, (step, *_) in self._unlogged.items()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], skipped: int) -> None:
+        """Restore a state. States of version 0.1.0 do not say what was not logged.
+
+        Args:
+            state: What :meth:`state_dict` returned.
+            skipped: Number of steps so far whose weights were not finite.
+        """
+        self.readings = [(step, list(ranks), budget) for step, ranks, budget in state["history"]]
+        by_step = {reading[0]: reading for reading in self.readings}
+        unlogged: Iterable[tuple[int, int]] = state.get("unlogged", [])
+        self._unlogged = {logged_step: by_step[step] for logged_step, step in unlogged if step in by_step}
+        self._pending, self.skipped = [], skipped
+
+    def _append(self, reading: Reading) -> None:
+        """Append a reading, and drop those of this or a later step, which are of an earlier run."""
+        while self.readings and self.readings[-1][0] >= reading[0]:
+            self.readings.pop()
+        self.readings.append(reading)
+        if len(self.readings) > MAX_READINGS:
+            self.readings = thinned(self.readings, MAX_READINGS)
+
+    def _changes(self) -> dict[int, Reading]:
+        kept = {step for step, *_ in thinned(list(self._unlogged.values()), MAX_READINGS)}
+        return {logged_step: reading for logged_step, reading in self._unlogged.items() if reading[0] in kept}
 
 
 def thinned(history: Sequence[Reading], limit: int) -> list[Reading]:

@@ -76,22 +76,23 @@ class RunLog:
             with self._reporting(logger, "the layout of the charts"):
                 logger.experiment.add_custom_scalars({"La-LoRA": charts})
 
-    def results(self, trainer: pl.Trainer, plot: "Callable[[], Figure]") -> None:
-        """Write the run into TensorBoard's table of hyperparameters, and a figure of the ranks.
+    def results(self, trainer: pl.Trainer, figures: "Mapping[str, Callable[[], Figure]]") -> None:
+        """Write the run into TensorBoard's table of hyperparameters, and figures of the ranks.
 
         The metrics in the table are those that the module logged, the total rank and the budget.
 
         Args:
             trainer: The Trainer.
-            plot: Draws the figure.
+            figures: Functions that draw the figures, by key.
         """
         logged = [key for key in trainer.logged_metrics if key != "epoch"]
         for logger in tensorboard_loggers(trainer):
             with self._reporting(logger, "the table of hyperparameters"):
                 write_hyperparameters(logger, [*logged, log_keys.RANK_TOTAL, log_keys.RANK_BUDGET])
             if find_spec("matplotlib") is not None:
-                with self._reporting(logger, "the figure of the ranks"):
-                    logger.experiment.add_figure(log_keys.RANK_TRAJECTORIES, plot(), trainer.global_step)
+                with self._reporting(logger, "the figures of the ranks"):
+                    for key, draw in figures.items():
+                        logger.experiment.add_figure(key, draw(), trainer.global_step)
 
     @contextmanager
     def _reporting(self, logger: Logger, what: str) -> Iterator[None]:

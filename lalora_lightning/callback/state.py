@@ -51,6 +51,13 @@ def require_callback_state(state: Any) -> None:
         raise ValueError(f"Expected earlier_steps to be a number of steps but got {state['earlier_steps']!r}.")
     if not isinstance(state["history"], list) or not all(map(_is_reading, state["history"])):
         raise ValueError("Expected history to be a list of step, ranks and budget but it is not.")
+    unlogged = state.get("unlogged", [])
+    if not isinstance(unlogged, list) or not all(map(_is_pair_of_steps, unlogged)):
+        raise ValueError("Expected unlogged to be a list of pairs of steps but it is not.")
+
+
+def _is_pair_of_steps(entry: Any) -> bool:
+    return isinstance(entry, list | tuple) and len(entry) == 2 and all(type(step) is int for step in entry)
 
 
 def _is_reading(entry: Any) -> bool:

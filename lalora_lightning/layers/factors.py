@@ -140,19 +140,31 @@ class LowRankFactors(nn.Module):
             A and B of the shapes of ``lora_A`` and ``lora_B``, and the singular values ``(slices, r)`` of ``B A``.
 
         Raises:
-            ValueError: The layer has initial factors, whose product would have to be rewritten, too.
+            ValueError: The layer has initial factors, whose product would have to be rewritten, too; or the factors are
+                not finite.
         """
-        if self.start_A is not None:
-            raise ValueError(
-                f"Expected an adapter without initial factors but got one with init={self.init!r}; save it with "
-                "save_peft_adapter, which folds them in, and load that with load_peft_adapter."
-            )
+        self.require_no_initial_factors()
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         A, B, mask = self._factors()
+        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+            raise ValueError("Expected finite factors but got NaN or Inf.")
         with without_autocast(A.device):
             parts = [functional.singular_factors(A_s.to(dtype), B_s.to(dtype) * mask) for A_s, B_s in self.split(A, B)]
         new_A, new_B, values = zip(*parts, strict=True)
         return torch.cat(new_A), torch.cat(new_B), torch.stack(values)
+
+    def require_no_initial_factors(self) -> None:
+        """Check that the increment is ``B A`` alone.
+
+        Raises:
+            ValueError: The product of initial factors is subtracted.
+        """
+        if self.start_A is not None:
+            raise ValueError(
+                f"Expected an adapter without initial factors but got one with init={self.init!r}; train with "
+                'init="kaiming" or "orthogonal", or save the adapter with save_peft_adapter, which folds them in, and '
+                "load that with load_peft_adapter."
+            )
 
     def split(self, A: Tensor, B: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Split tensors of the shapes of ``lora_A`` and ``lora_B`` by slice: ``[(A (r, d), B (m_s, r)), ...]``."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lalora_lightning.names import split_common_prefix
+from lalora_lightning.names import BlocksByKind, split_common_prefix
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-__all__ = ["BLUE", "COLORS", "MARKERS", "ORANGE", "legend_above", "name_layers"]
+__all__ = ["BLUE", "COLORS", "MARKERS", "ORANGE", "legend_above", "name_kinds", "name_layers"]
 
 BLUE, ORANGE = "#0072B2", "#D55E00"
 COLORS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -43,6 +43,26 @@ def name_layers(axis: Axis, layer_names: Sequence[str], offset: float = 0.0) -> 
     axis.set_ticks([i + offset for i in range(0, layers, stride)], labels=labels[::stride])
     if len(prefix) > _LONGEST_PREFIX:
         prefix = "..." + prefix[-_LONGEST_PREFIX:].partition(".")[2]
-    axis.set_label_text(f"layer ({prefix}.*)" if prefix else "layer")
+    separator = " " if isinstance(axis, XAxis) else "\n"
+    axis.set_label_text(f"layer{separator}({prefix}.*)" if prefix else "layer")
     if isinstance(axis, XAxis) and max(map(len, labels)) > 3:
         axis.set_tick_params(rotation=90)
+
+
+def name_kinds(axes: Axes, layout: BlocksByKind) -> None:
+    """Label the rows of a heat map, which are sorted by kind of projection, and separate the kinds by lines.
+
+    Args:
+        axes: The axes, on which row i is from i to i + 1.
+        layout: The projections.
+    """
+    start, middles = 0, []
+    for kind in range(len(layout.kinds)):
+        blocks = sum(column == kind for _, column in layout.cells)
+        middles.append(start + blocks / 2)
+        start += blocks
+        if start < len(layout.cells):
+            axes.axhline(start, color="white", linewidth=1.5)
+    axes.set_yticks(middles, layout.kinds)
+    axes.tick_params("y", length=0)
+    axes.set_ylabel("projection, first to last block")

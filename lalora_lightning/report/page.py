@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lalora_lightning import plotting
+from lalora_lightning.names import blocks_by_kind
 from lalora_lightning.runs import Run, read_run
-from lalora_lightning.tables import html_table
+from lalora_lightning.tables import block_table, html_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,17 +58,20 @@ def write_report(source: str | os.PathLike[str], output: str | os.PathLike[str])
 
 def tables(run: Run) -> dict[str, _Table]:
     """Return the report's tables by title, without empty ones; the first row of each is its header."""
-    total, full = sum(run.ranks[-1]), len(run.layer_names) * run.max_rank
+    layout = blocks_by_kind(run.layer_names)
     ranks = [[name, str(rank)] for name, rank in zip(run.layer_names, run.ranks[-1], strict=True)]
     if run.sparsity:
         for row, share in zip(ranks, run.sparsity[max(run.sparsity)], strict=True):
             row.append(f"{100 * share:.2f} %")
+    header = ["layer", f"rank, of {run.max_rank}", *(["sparsity"] if run.sparsity else [])]
+    by_layer = [header, *ranks]
+    in_ranks = run.unit == "rank"
     sections = {
         "Run": [
             ["quantity", "value"],
             ["optimizer steps", str(run.steps[-1])],
-            ["total rank", f"{total} of LoRA's {full} ({total / full:.0%})"],
-            ["budget", f"{run.budgets[-1]:.1f}"],
+            ["total rank" if in_ranks else run.unit, run.describe_total()],
+            ["budget", f"{run.total_budgets[-1]:,.{1 if in_ranks else 0}f}"],
             *([key, _text(value)] for key, value in run.summary.items() if key != "optimizer steps"),
         ],
         "Scores": [
@@ -77,7 +81,7 @@ def tables(run: Run) -> dict[str, _Table]:
                 for key, values in run.scores.items()
             ),
         ],
-        "Ranks": [["layer", f"rank, of {run.max_rank}", *(["sparsity"] if run.sparsity else [])], *ranks],
+        "Ranks": by_layer if layout is None else block_table(layout, [str(rank) for rank in run.ranks[-1]]),
         "Settings": [
             ["setting", "value"],
             *([key, _text(value)] for key, value in run.settings.items() if value is not None),
@@ -88,11 +92,16 @@ def tables(run: Run) -> dict[str, _Table]:
 
 def figures(run: Run) -> dict[str, Figure]:
     """Return the report's figures by the name of their file."""
-    drawn = {"rank-trajectories": plotting.plot_rank_trajectories(run), "rank-lines": plotting.plot_rank_lines(run)}
+    drawn = {"rank-trajectories": plotting.plot_rank_trajectories(run)}
+    is_map = blocks_by_kind(run.layer_names) is not None
+    if is_map:
+        drawn["rank-map"] = plotting.plot_rank_map(run.layer_names, run.ranks[-1], title="final ranks")
+    else:
+        drawn["rank-lines"] = plotting.plot_rank_lines(run)
     if run.sparsity:
         drawn["sparsity"] = plotting.plot_sparsity(run)
         drawn["sparsity-and-rank"] = plotting.plot_sparsity_and_rank(run)
-    else:
+    elif not is_map:
         drawn["final-ranks"] = plotting.plot_final_ranks({"end of the run": run})
     return drawn
 

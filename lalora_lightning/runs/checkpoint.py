@@ -1,10 +1,11 @@
 """Runs from the checkpoints of a Trainer with a LaLoraCallback."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lalora_lightning.files import load_file
+from lalora_lightning.names import GroupBy, group_names
 from lalora_lightning.runs.adapter_size import trimmed_bytes
 from lalora_lightning.runs.run import Run
 from lalora_lightning.runs.settings import flat
@@ -45,6 +46,7 @@ def read_checkpoint(path: Path) -> Run:
         ranks=ranks,
         budgets=budgets,
         settings=flat({**checkpoint.get("hyper_parameters", {}), **checkpoint.get("datamodule_hyper_parameters", {})}),
+        costs=_costs(checkpoint.get("state_dict", {}), allocator["layer_names"]),
         summary={
             "epoch": checkpoint.get("epoch"),
             "optimizer steps": checkpoint.get("global_step"),
@@ -68,6 +70,21 @@ def _adapter_sizes(weights: Mapping[str, Any]) -> dict[str, Any]:
             parameters += A.numel() + B.numel()
             trimmed += trimmed_bytes(A, B, int(mask.count_nonzero()))
     return {"adapter parameters": parameters, "trimmed adapter, KiB": trimmed / 1024} if parameters else {}
+
+
+def _costs(weights: Mapping[str, Any], layer_names: Sequence[str]) -> list[int]:
+    """Return the parameters of one rank of each layer; nothing if the layers are not groups of projections by name."""
+    sizes = {
+        key.removesuffix(".lora_A"): (weights[key].numel() + weights[f"{key[:-1]}B"].numel())
+        // weights[key[:-1] + "B"].shape[1]
+        for key in weights
+        if key.endswith(".lora_A")
+    }
+    for group_by in get_args(get_args(GroupBy)[0]):
+        groups = group_names(sizes, group_by)
+        if list(groups) == list(layer_names):
+            return [sum(sizes[name] for name in names) for names in groups.values()]
+    return []
 
 
 def _best_scores(states: Iterable[Any]) -> dict[str, float]:

@@ -21,6 +21,7 @@ class Run:
         settings: Hyperparameters, flat: ``{"lalora.gamma": 2.0, ...}``.
         scores: ``(step, value)`` pairs of every other metric.
         summary: Values of the whole run, such as parameters, time, memory and final scores.
+        costs: L numbers of parameters of one rank, if they are known.
     """
 
     layer_names: Sequence[str]
@@ -32,3 +33,37 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
+    costs: Sequence[int] = ()
+
+    @property
+    def unit(self) -> str:
+        """What totals count: ``"adapter parameters"`` if a rank costs more in some layers, else ``"rank"``."""
+        return "adapter parameters" if len(set(self.costs)) > 1 else "rank"
+
+    @property
+    def totals(self) -> list[int]:
+        """The total of all layers at each step, in ranks or parameters."""
+        return [sum(rank * cost for rank, cost in zip(row, self._weights, strict=True)) for row in self.ranks]
+
+    @property
+    def total_budgets(self) -> list[float]:
+        """The budget at each step, in ranks or parameters."""
+        mean = sum(self._weights) / len(self._weights)
+        return [budget * mean for budget in self.budgets]
+
+    @property
+    def full(self) -> int:
+        """The total if every layer has the maximum rank, as in LoRA."""
+        return self.max_rank * sum(self._weights)
+
+    def describe_total(self) -> str:
+        """Return the final total as text.
+
+        >>> Run(["a", "b"], 4, [1], [[1, 3]], [4.0]).describe_total()
+        "4 of LoRA's 8 (50%)"
+        """
+        return f"{self.totals[-1]:,} of LoRA's {self.full:,} ({self.totals[-1] / self.full:.0%})"
+
+    @property
+    def _weights(self) -> Sequence[int]:
+        return self.costs if self.unit == "adapter parameters" else [1] * len(self.layer_names)

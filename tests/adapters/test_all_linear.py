@@ -14,7 +14,7 @@ from torch import nn
 from lalora_lightning import TruncatedLoRALinear, add_lora, lora_layers
 from tests.helpers import families
 from tests.helpers.families import TEXT, run
-from tests.helpers.models import TinyTransformer
+from tests.helpers.models import MixtureOfExperts, TinyTransformer
 
 
 def whisper() -> nn.Module:
@@ -137,10 +137,7 @@ def test_a_frozen_network_beside_a_trainable_one_gets_no_adapters():
 
 
 def test_layers_narrower_than_the_rank_and_experts_are_named():
-    config = transformers.Qwen2MoeConfig(
-        **TEXT, num_key_value_heads=2, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16
-    )
-    model = transformers.Qwen2MoeForCausalLM(config)
+    model = MixtureOfExperts()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         add_lora(model, rank=2, target_modules="all-linear")

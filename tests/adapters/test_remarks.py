@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lalora_lightning import add_lora
 from tests.helpers.families import TEXT, t5, timm_vit
+from tests.helpers.models import MixtureOfExperts
 
 
 class Block(nn.Module):
@@ -77,13 +78,6 @@ def test_usual_models_call_their_layers(recwarn):
     assert not recwarn
 
 
-def qwen() -> nn.Module:
-    config = transformers.Qwen2MoeConfig(
-        **TEXT, num_key_value_heads=2, moe_intermediate_size=16, shared_expert_intermediate_size=16, num_experts=4
-    )
-    return transformers.Qwen2MoeForCausalLM(config)
-
-
 @pytest.mark.parametrize(
     ("target_modules", "first"),
     [
@@ -99,7 +93,7 @@ def qwen() -> nn.Module:
 def test_experts_that_are_passed_over_are_named(target_modules, first, recwarn):
     if first is None and isinstance(target_modules, str):
         first = "down_proj and 1 more"
-    add_lora(qwen(), rank=2, target_modules=target_modules)
+    add_lora(MixtureOfExperts(), rank=2, target_modules=target_modules)
     assert [str(w.message) for w in recwarn] == (
         []
         if first is None
@@ -111,6 +105,5 @@ def test_experts_that_are_passed_over_are_named(target_modules, first, recwarn):
 
 
 def test_an_error_about_targets_that_only_experts_have_names_them():
-    config = transformers.MixtralConfig(**TEXT, num_key_value_heads=2, num_local_experts=2)
     with pytest.raises(ValueError, match=r"matches 'down_proj'\. model\.layers\.0\.mlp\.experts\.down_proj is a 3-D"):
-        add_lora(transformers.MixtralForCausalLM(config), target_modules=["q_proj", "down_proj"])
+        add_lora(MixtureOfExperts(shared=False), target_modules=["q_proj", "down_proj"])

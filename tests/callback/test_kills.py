@@ -17,6 +17,8 @@ from lalora_lightning import LaLoraCallback
 from tests.helpers.training import DroppingClassifier, loader, new_trainer
 
 EPOCHS, KILLS = 70, 24
+# Of 7 steps in an epoch; in the middle of the kills.
+CONDENSE_AT = 7 * 11 + 3
 STEP, VALIDATION, WRITING = 1, 2, 3
 
 
@@ -63,7 +65,8 @@ def train(folder: Path, killer: Killer) -> None:
     # The default action on it: the kernel ends the process at once.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     torch.manual_seed(1)
-    module, callback = DroppingClassifier(), LaLoraCallback(rank=4, gamma=0.5, save_adapter_only=True)
+    module = DroppingClassifier()
+    callback = LaLoraCallback(rank=4, gamma=0.5, save_adapter_only=True, condense_to=1.5, condense_at=CONDENSE_AT)
     checkpoints = ModelCheckpoint(folder, monitor="val/loss", save_top_k=2, save_last=True)
     trainer = new_trainer(
         folder,
@@ -99,6 +102,7 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_never_was(tmp_path: P
     assert run(uninterrupted, never) == 0
 
     kills = {STEP: 0, VALIDATION: 0, WRITING: 0}
+    last = []
     while sum(kills.values()) < KILLS:
         epochs, phase = rng.choice([0, 0, 1, 2, 3]), rng.choice(list(kills))
         exit_code = run(killed, Killer(epochs, phase, delay=rng.uniform(1e-6, 0.002)))
@@ -106,13 +110,19 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_never_was(tmp_path: P
         kills[phase] += 1
         for file in killed.glob("*.ckpt"):
             torch.load(file, weights_only=True)
+        if (killed / "last.ckpt").exists():
+            last.append(torch.load(killed / "last.ckpt", weights_only=True)["global_step"])
+    assert sum(step < CONDENSE_AT for step in last) >= 5
+    assert sum(step >= CONDENSE_AT for step in last) >= 5
     assert min(kills.values()) >= KILLS // 8
     assert torch.load(killed / "last.ckpt", weights_only=True)["epoch"] > 10
 
     assert run(killed, never) == 0
     end, expected = (torch.load(folder / "end.pt", weights_only=True) for folder in (killed, uninterrupted))
     assert end["history"] == expected["history"]
-    assert len({tuple(ranks) for _, ranks, _ in expected["history"]}) > 3
+    ranks = {step: tuple(ranks) for step, ranks, _ in expected["history"]}
+    assert len(set(ranks.values())) > 3
+    assert ranks[CONDENSE_AT - 1] != ranks[CONDENSE_AT] == ranks[7 * EPOCHS]
     assert end["weights"].keys() == expected["weights"].keys()
     for key, value in expected["weights"].items():
         assert torch.equal(end["weights"][key], value)

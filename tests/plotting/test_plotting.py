@@ -35,7 +35,7 @@ OF_ONE_RUN = [
 @pytest.mark.parametrize("points", [1, 30])
 def test_axes_are_labeled_and_labels_do_not_overlap(plot: Callable[[Run], Figure], layers: int, points: int):
     figure = plot(new_run(layers, points))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     for axes in figure.axes:
         assert axes.get_ylabel()
         for axis in (axes.xaxis, axes.yaxis):
@@ -55,7 +55,7 @@ def test_axes_are_labeled_and_labels_do_not_overlap(plot: Callable[[Run], Figure
 
 def test_long_common_prefixes_are_cut_short():
     run = new_run(prefix="base_model.model.bert.encoder.layer.")
-    assert plotting.plot_rank_trajectories(run).axes[0].get_ylabel() == "layer (...bert.encoder.layer.*)"
+    assert plotting.plot_rank_trajectories(run).axes[0].get_ylabel() == "layer\n(...bert.encoder.layer.*)"
     both = Run(["net.encoder.block.0", "net.decoder.block.0"], 8, [1], [[1, 2]], [3.0])
     axes = plotting.plot_final_ranks({"cnn": both}).axes[0]
     assert axes.get_xlabel() == "layer (net.*)"
@@ -77,6 +77,73 @@ def test_the_heat_map_holds_the_ranks(layers: int, labels: list[str]):
     assert [label.get_text() for label in heat.get_yticklabels()][:2] == labels
     assert len(heat.get_yticklabels()) <= 24
     assert total.lines[0].get_ydata().tolist() == [sum(row) for row in run.ranks]
+
+
+@pytest.mark.parametrize("layers", [1, 3, 12, 36])
+@pytest.mark.parametrize("plot", [plotting.plot_rank_trajectories, plotting.plot_rank_lines])
+def test_no_axis_label_is_cut_off(plot: Callable[[Run], Figure], layers: int):
+    figure = plot(new_run(layers, prefix="base_model.model.roberta.encoder.layer."))
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            box = label.get_window_extent()
+            assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
+            assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1
+
+
+def all_linear_run(blocks: int) -> Run:
+    """LLaMA's projections; a rank of a feed-forward projection costs twice as much."""
+    kinds = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
+    names = [f"model.layers.{i}.{kind}" for i in range(blocks) for kind in kinds]
+    final = [1 + i % 5 for i in range(len(names))]
+    return Run(names, 8, [0, 5], [[1] * len(names), final], [3.0 * blocks] * 2, costs=[10, 10, 20] * blocks)
+
+
+def test_the_heat_map_of_projections_is_sorted_by_kind():
+    heat, total, _ = plotting.plot_rank_trajectories(all_linear_run(2)).axes
+    assert [label.get_text() for label in heat.get_yticklabels()] == ["q_proj", "o_proj", "up_proj"]
+    # In the middle of each kind.
+    assert heat.get_yticks().tolist() == [1, 3, 5]
+    (mesh,) = heat.collections
+    # Blocks 0 and 1 of q_proj, then of o_proj and of up_proj.
+    assert mesh.get_array()[:, 1].tolist() == [1, 4, 2, 5, 3, 1]
+    assert total.get_ylabel() == "parameters"
+
+
+def test_totals_are_parameters_where_costs_differ():
+    run = all_linear_run(2)
+    total, budget, lora = plotting.plot_budget(run).axes[0].lines
+    # 10 * (1 + 2 + 4 + 5) + 20 * (3 + 1), and six ranks of the mean cost 40 / 3.
+    assert total.get_ydata().tolist() == [80, 200]
+    assert budget.get_ydata().tolist() == pytest.approx([80, 80])
+    assert set(lora.get_ydata()) == {8 * 80}
+    assert plotting.plot_final_ranks({"sst2": run}).axes[0].get_title() == (
+        "sst2: adapter parameters 200 of LoRA's 640 (31%)"
+    )
+
+
+@pytest.mark.parametrize("blocks", [2, 12, 32])
+def test_the_rank_map(blocks: int):
+    run = all_linear_run(blocks)
+    outlined = [run.layer_names[0], run.layer_names[4]]
+    figure = plotting.plot_rank_map(run.layer_names, run.ranks[-1], outlined, title="ranks")
+    axes, colorbar = figure.axes
+    assert axes.images[0].get_array().tolist() == [list(run.ranks[-1][3 * i : 3 * i + 3]) for i in range(blocks)]
+    assert [text.get_text() for text in axes.texts] == [str(rank) for rank in run.ranks[-1]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["q_proj", "o_proj", "up_proj"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [str(i) for i in range(blocks)]
+    assert [(round(box.get_x()), round(box.get_y())) for box in axes.patches] == [(0, 0), (1, 1)]
+    assert (axes.get_title(), colorbar.get_ylabel()) == ("ranks", "rank")
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_a_rank_map_has_empty_cells_and_needs_several_kinds():
+    figure = plotting.plot_rank_map(["b.0.q", "b.0.up", "b.1.q"], [3, 1, 0])
+    assert figure.axes[0].images[0].get_array().mask.tolist() == [[False, False], [False, True]]
+    with pytest.raises(ValueError, match=r"Expected projections of several blocks and several kinds but got layer.0"):
+        plotting.plot_rank_map(["layer.0", "layer.1"], [1, 2])
 
 
 def test_lines_hold_the_ranks_slightly_shifted():

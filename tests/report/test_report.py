@@ -1,6 +1,7 @@
 """The report of a run, from CSV logs, TensorBoard's and a checkpoint, and the table printed after fit."""
 
 import contextlib
+import copy
 import io
 import json
 import subprocess
@@ -17,7 +18,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 from torch import nn
 
-from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, lora_layers
+from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, condense_lora, lora_layers
 from lalora_lightning.report import main
 from lalora_lightning.report.console import print_rank_report, rank_rows, rank_totals
 from lalora_lightning.runs import read_run, trimmed_bytes
@@ -240,10 +241,14 @@ def test_the_rank_report(adapted: TinyTransformer, capsys: pytest.CaptureFixture
     ]
     assert [row[4] for row in rows] == ["█" * 4 * rank + "·" * 4 * (4 - rank) for rank in allocator.ranks.tolist()]
     trimmed = int(allocator.ranks.sum()) * 2 * 16 * 4 / 1024
-    totals, sizes, *advice = rank_totals(allocator, adapted).splitlines()
+    totals, sizes, condensed, *advice = rank_totals(allocator, adapted).splitlines()
     assert totals.startswith(f"total rank {int(allocator.ranks.sum())} of LoRA's 12 (")
     assert sizes == f"adapters 1.5 KiB, trimmed to these ranks {trimmed:.1f} KiB"
     assert bool(advice) == (float(allocator.budget) < 0.9 * 12)
+    kept = [
+        condense_lora(copy.deepcopy(adapted), energy=energy, group_by="block").parameters for energy in (0.99, 0.95)
+    ]
+    assert condensed == f"condense_lora would keep 99% of the energy in {kept[0]} parameters, 95% in {kept[1]}"
     assert trimmed_bytes(torch.empty(4, 8), torch.empty(6, 4), rank=3) == 3 * 14 * 4
 
     print_rank_report(allocator, adapted)
@@ -252,6 +257,67 @@ def test_the_rank_report(adapted: TinyTransformer, capsys: pytest.CaptureFixture
     assert lines[2].split() == ["layer", "rank", "contribution", "growth,", "%/step", "share", "of", "maximum"]
     assert lines[4].split() == ["0", *rows[0][1:]]
     assert "\n".join(lines[7:]) == rank_totals(allocator, adapted)
+
+
+class Blocks(nn.Module):
+    """Projections of several kinds, whose ranks have different costs."""
+
+    def __init__(self, blocks: int, kinds: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({f"a_rather_long_name_{i}": nn.Linear(4, 4 + 4 * i) for i in range(kinds)})
+            for _ in range(blocks)
+        )
+
+
+@pytest.mark.parametrize(("blocks", "kinds"), [(2, 2), (12, 7)])
+def test_the_rank_report_of_many_projections_is_a_table_of_blocks_by_kind(
+    capsys: pytest.CaptureFixture, blocks: int, kinds: int
+):
+    torch.manual_seed(0)
+    model = Blocks(blocks, kinds)
+    add_lora(model, rank=4, target_modules="all-linear", modules_to_save=[])
+    allocator = RankAllocator(model, group_by="module", gradual_budget=False, average_rank=2)
+    layers = lora_layers(model)
+    print_rank_report(allocator, model)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = {}
+    for line in lines:
+        cells = line.split()
+        if cells and cells[0] == "block":
+            kinds_shown = cells[1:]
+        elif cells and cells[0].isdigit():
+            shown |= {f"blocks.{cells[0]}.{kind}": int(rank) for kind, rank in zip(kinds_shown, cells[1:], strict=True)}
+    assert shown == {name: int(layer.rank) for name, layer in layers.items()}
+    costs = [4 + 4 + 4 * (i % kinds) for i in range(blocks * kinds)]
+    total = sum(cost * int(layer.rank) for cost, layer in zip(costs, layers.values(), strict=True))
+    share = total / (4 * sum(costs))
+    line = f"adapter parameters {total:,} of LoRA's {4 * sum(costs):,} ({share:.0%}), budget {2 * sum(costs):,}"
+    assert line in lines
+    allocator.condense(1)
+    assert f"(25%), budget {sum(costs):,}" in rank_totals(allocator, model)
+
+
+def test_initial_factors_have_no_condensed_size():
+    model = TinyTransformer()
+    add_lora(model, rank=4, init="pissa")
+    assert "condense_lora" not in rank_totals(RankAllocator(model), model)
+
+
+def test_a_run_of_all_projections(tmp_path: Path):
+    callback = LaLoraCallback(rank=4, group_by="module", target_modules=["query", "value"])
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    logger = TensorBoardLogger(tmp_path, "", "tb")
+    trainer = new_trainer(tmp_path, callback, checkpoint, enable_checkpointing=True, logger=logger, max_epochs=1)
+    trainer.fit(TinyClassifier(), loader())
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert {"rank/trajectories", "rank/map"} <= set(events.Tags()["images"])
+    assert read_run(tmp_path / "last.ckpt").costs == [16] * 6
+    main([str(tmp_path / "last.ckpt"), "--output", str(tmp_path / "report")])
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<tr><th>block</th><th>query</th><th>value</th></tr>" in page
+    assert {path.stem for path in (tmp_path / "report").glob("*.png")} == {"rank-trajectories", "rank-map"}
 
 
 @pytest.mark.parametrize(("length", "bar"), [(20, True), (40, False), (90, False)])

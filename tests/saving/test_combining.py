@@ -90,15 +90,15 @@ def test_states_in_memory_and_fused_projections():
 def test_it_is_pefts_own_concatenation(tmp_path: Path):
     """PEFT's ``add_weighted_adapter`` with ``combination_type="cat"``."""
     base = families.llama().eval()
-    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"]), "a")
-    theirs.add_adapter("b", LoraConfig(r=3, target_modules=["q_proj"], lora_alpha=6))
+    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"]), "first")
+    theirs.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj"], lora_alpha=6))
     for parameter in theirs.parameters():
         if parameter.shape[1:2] in ((2,), (3,)):
             nn.init.normal_(parameter)
     theirs.save_pretrained(tmp_path)
     ours = copy.deepcopy(base)
-    combine_lora(ours, {tmp_path / "a": 0.7, tmp_path / "b": 0.4})
-    theirs.add_weighted_adapter(["a", "b"], [0.7, 0.4], "sum", combination_type="cat")
+    combine_lora(ours, {tmp_path / "first": 0.7, tmp_path / "second": 0.4})
+    theirs.add_weighted_adapter(["first", "second"], [0.7, 0.4], "sum", combination_type="cat")
     theirs.set_adapter("sum")
     torch.testing.assert_close(run(ours), run(theirs.eval()), atol=1e-5, rtol=1e-5)
     assert (run(ours) - run(base)).abs().max() > 0.01

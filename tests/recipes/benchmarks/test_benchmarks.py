@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.benchmarks import allocator, common, inference, training
+from recipes.benchmarks import allocator, common, condensing, inference, training
 from recipes.benchmarks.common import interleave, ratios
 
 
@@ -38,6 +38,15 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture, precision: str)
     assert report["methods"]["PEFT LoRA"]["ratio to PEFT LoRA"] == [1.0, 1.0, 1.0]
     # What is kept for the backward pass does not vary: ours is no more than PEFT's.
     assert report["methods"]["La-LoRA"]["memory MiB"] <= report["methods"]["PEFT LoRA"]["memory MiB"]
+
+
+def test_condensing(tmp_path: Path, capsys: pytest.CaptureFixture):
+    condensing.main(repeats=2, shapes=(("llama-small", 2),), json=tmp_path / "out.json")
+    (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert (result["projections"], result["rank"]) == (2 * 7, 2)
+    # Seven matrices of 32 x 32 in each of two blocks.
+    assert result["adapter MiB"] == 14 * 2 * 64 * 4 / 2**20
+    assert "llama-small" in capsys.readouterr().out
 
 
 def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture):
