@@ -12,8 +12,8 @@ __all__ = ["leave_masks_out_of_broadcasts"]
 def leave_masks_out_of_broadcasts(root: nn.Module) -> None:
     """Let ``DistributedDataParallel`` not send the rank masks of a module.
 
-    Every process has to compute the same ranks, as a rank allocator does, and to load the same state. The masks of
-    process 0 are not sent when the module is wrapped, either.
+    Every process has to compute the same ranks, as a rank allocator does, and to load the same state: the masks of
+    process 0 are not sent when the module is wrapped, either. LaLoraCallback sends them once when training starts.
 
     Args:
         root: The module that will be wrapped.

@@ -29,6 +29,7 @@ from lalora_lightning.allocator import (
     ContributionScale,
     Growth,
     RankAllocator,
+    broadcast_from_first,
     leave_masks_out_of_broadcasts,
 )
 from lalora_lightning.callback import compatibility
@@ -307,6 +308,12 @@ class LaLoraCallback(AdapterCheckpoints):
                 "from another checkpoint, or call load_lora_state_dict(module, path) and fit without ckpt_path."
             )
         if self.allocator is not None:
+            if trainer.world_size > 1:
+                # DDP leaves the masks out, also when it sends the parameters of the first process at the start.
+                for layer in lora_layers(pl_module).values():
+                    mask = layer.rank_mask.clone()
+                    broadcast_from_first(mask)
+                    layer.rank_mask.copy_(mask)
             # A new Trainer counts its steps from zero.
             if trainer.global_step == 0:
                 self._earlier_steps = self.allocator.steps

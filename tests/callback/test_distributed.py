@@ -202,3 +202,23 @@ def test_ddp_sends_no_masks_in_a_trainer(tmp_path: Path):
         assert names == sorted(
             f"model.blocks.{i}.{projection}.rank_mask" for i in range(3) for projection in ("query", "value")
         )
+
+
+def test_ranks_that_only_the_first_process_has_are_those_of_all(tmp_path: Path):
+    """As if a state was loaded there only, in the belief that DDP sends it to the others."""
+
+    class OnFirst(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            if trainer.is_global_zero:
+                for layer in lora_layers(pl_module).values():
+                    layer.set_rank(3)
+
+    def work() -> Any:
+        callback = LaLoraCallback(rank=4, gamma=1.0)
+        trainer = new_trainer(tmp_path, OnFirst(), callback, strategy="ddp", devices=2, max_epochs=1)
+        trainer.fit(TinyClassifier(), batches(2))
+        return callback.history
+
+    first, second = in_processes(2, tmp_path, work)
+    assert first == second
+    assert first[0][1] == [3, 3, 3]
