@@ -130,9 +130,10 @@ def test_round_trips(tmp_path: Path, family: str):
     same(outputs(model, family), expected)
 
 
-def test_transformers_load_adapter_reads_it(tmp_path: Path):
+@pytest.mark.parametrize("uniform", [True, False, 16])
+def test_transformers_load_adapter_reads_it(uniform: bool | int, tmp_path: Path):
     model = trained("llama")
-    save_peft_adapter(model, tmp_path / "adapter")
+    save_peft_adapter(model, tmp_path / "adapter", uniform=uniform)
     plain = build("llama")
     plain.load_adapter(tmp_path / "adapter")
     same(outputs(plain, "llama"), outputs(model, "llama"))

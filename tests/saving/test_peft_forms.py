@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from lalora_lightning import (
     add_lora,
@@ -182,3 +183,43 @@ def test_both_forms_of_a_trimmed_model(tmp_path: Path):
     assert (
         sizes[0] > sizes[1] == sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in lora_layers(model).values())
     )
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_weighted_combinations_of_peft(uniform: bool, tmp_path: Path):
+    base, one = trained(families.llama)
+    other = copy.deepcopy(one)
+    for layer in lora_layers(other).values():
+        layer.lora_B.data.mul_(-2)
+        layer.set_rank(2)
+    save_peft_adapter(one, tmp_path / "one", uniform=uniform)
+    save_peft_adapter(other, tmp_path / "other", uniform=uniform)
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "one", adapter_name="one")
+    theirs.load_adapter(tmp_path / "other", adapter_name="other")
+    theirs.add_weighted_adapter(["one", "other"], [0.7, 0.3], "both", combination_type="cat")
+    theirs.set_adapter("both")
+    with torch.no_grad():
+        for weight, model in ((0.7, one), (0.3, other)):
+            for name, layer in lora_layers(model).items():
+                A, B = layer.folded()
+                base.get_submodule(name).weight.add_(weight * B @ A)
+        expected = run(base)
+        assert (run(theirs.base_model.model) - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.skipif(not hasattr(PreTrainedModel, "enable_peft_hotswap"), reason="needs a later transformers")
+@pytest.mark.parametrize("rank", [4, 8])
+def test_transformers_exchanges_adapters_that_are_padded_to_one_rank(rank: int, tmp_path: Path):
+    base, one = trained(families.llama)
+    other = copy.deepcopy(one)
+    for layer in lora_layers(other).values():
+        layer.lora_B.data.mul_(-2)
+        layer.set_rank(1)
+    save_peft_adapter(one, tmp_path / "one", uniform=rank)
+    save_peft_adapter(other, tmp_path / "other", uniform=rank)
+    base.enable_peft_hotswap(target_rank=rank)
+    for name, model, hotswap in (("one", one, False), ("other", other, True)):
+        base.load_adapter(tmp_path / name, adapter_name="adapter", hotswap=hotswap)
+        with torch.no_grad():
+            expected = run(model)
+            assert (run(base) - expected).abs().max() <= 1e-6 * expected.abs().max()
