@@ -191,9 +191,9 @@ def _common_rank(uniform: bool | int, highest: int) -> int:
     """Return the rank that all adapters are padded to."""
     if uniform is True:
         return highest
-    if uniform < highest:
+    if not isinstance(uniform, int) or uniform < highest:
         raise ValueError(
-            f"Expected uniform to be a rank of at least {highest}, the highest of the adapters, but got {uniform}; "
+            f"Expected uniform to be a rank of at least {highest}, the highest of the adapters, but got {uniform!r}; "
             "lower the ranks first, for example with condense_lora, or leave uniform out."
         )
     return uniform

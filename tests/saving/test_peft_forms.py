@@ -111,6 +111,7 @@ def test_a_rank_to_pad_to(tmp_path: Path):
     save_peft_adapter(model, tmp_path, uniform=16)
     config = config_of(tmp_path)
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (16, 16, {}, {})
+    assert "| form | padded to rank 16 |" in (tmp_path / "README.md").read_text()
     assert {min(value.shape) for value in load_file(tmp_path / "adapter_model.safetensors").values()} == {16}
     assert difference(base, model, tmp_path) <= 1e-6
     load_peft_adapter(base, tmp_path)
@@ -118,10 +119,10 @@ def test_a_rank_to_pad_to(tmp_path: Path):
     assert {layer.max_rank for layer in lora_layers(base).values()} == {4}
 
 
-@pytest.mark.parametrize("uniform", [3, 1, 0])
-def test_a_rank_below_the_highest_is_refused(uniform: int, tmp_path: Path):
+@pytest.mark.parametrize("uniform", [3, 1, 0, 16.0, "16", None])
+def test_a_rank_below_the_highest_is_refused(uniform: Any, tmp_path: Path):
     _, model = trained(families.llama)
-    with pytest.raises(ValueError, match=f"to be a rank of at least 4, the highest .* but got {uniform}"):
+    with pytest.raises(ValueError, match=f"to be a rank of at least 4, the highest .* but got {uniform!r}"):
         save_peft_adapter(model, tmp_path / "adapter", uniform=uniform)
     with pytest.raises(ValueError, match="to be a rank of at least 4"):
         push_peft_adapter(model, "me/adapter", uniform=uniform)
