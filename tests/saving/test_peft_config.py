@@ -27,7 +27,6 @@ CASES: list[tuple[Callable[[], nn.Module], str | list[str], list[str] | None]] =
     (families.roberta, ["query", "value"], ["classifier"]),
     (families.t5, ["q", "v"], None),
     (families.gpt2, ["c_attn"], None),
-    (families.vit, ["q_proj", "v_proj"], ["classifier"]),
     (families.timm_vit, ["qkv"], ["head"]),
 ]
 
@@ -45,6 +44,12 @@ def written(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "adapter_config.json").read_text())
 
 
+def comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings without differences that mean nothing: an order, and an empty name."""
+    targets, name = sorted(config["target_modules"]), config["base_model_name_or_path"] or None
+    return {**config, "target_modules": targets, "base_model_name_or_path": name}
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 @pytest.mark.parametrize(("build", "targets", "in_full"), CASES)
 def test_each_setting_is_that_of_peft(
@@ -54,19 +59,14 @@ def test_each_setting_is_that_of_peft(
     rank = written(tmp_path / "ours")["r"]
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=in_full)
     get_peft_model(build(), config).save_pretrained(tmp_path / "theirs")
-    ours, theirs = written(tmp_path / "ours"), written(tmp_path / "theirs")
-    for config in (ours, theirs):
-        config["target_modules"] = sorted(config["target_modules"])
-        config["base_model_name_or_path"] = config["base_model_name_or_path"] or None
+    ours, theirs = (comparable(written(tmp_path / side)) for side in ("ours", "theirs"))
     assert ours == {key: theirs[key] for key in ours}
     # What is not written is what PEFT assumes.
     assert {key: theirs[key] for key in theirs.keys() - ours.keys()} == {
         key: DEFAULTS[key] for key in theirs.keys() - ours.keys()
     }
     read = [PeftConfig.from_pretrained(tmp_path / side).to_dict() for side in ("ours", "theirs")]
-    for config in read:
-        config["target_modules"] = sorted(config["target_modules"])
-    assert read[0] == read[1]
+    assert comparable(read[0]) == comparable(read[1])
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,6 @@ def test_each_setting_is_that_of_peft(
         (families.llama, ["q_proj", "v_proj"], AutoPeftModelForCausalLM),
         (families.roberta, ["query", "value"], AutoPeftModelForSequenceClassification),
         (families.roberta, ["query", "value"], AutoPeftModel),
-        (families.vit, ["q_proj", "v_proj"], AutoPeftModel),
     ],
 )
 def test_auto_classes_of_peft_load_base_model_and_adapter(
