@@ -54,8 +54,8 @@ def save_peft_adapter(
     know one alpha for all layers: without a warning, they scale layers of a lower rank up. SGLang and transformers'
     hotswap refuse different ranks.
 
-    Layers of rank 0 are left out. In the uniform form, they are written as zeros if another exported layer has the same
-    last part of the name, such as ``q_proj``, so that this part selects exactly the layers in the file.
+    Layers of rank 0 are left out. ``target_modules`` has the shortest names that select exactly the exported layers,
+    such as ``["q_proj", "v_proj"]``.
 
     Args:
         model: The adapted model itself, not the LightningModule around it, because names have to be those of the base
@@ -74,13 +74,7 @@ def save_peft_adapter(
     """
     model = model_itself(model)
     layers = require_lora_layers(model)
-    current_ranks = {name: int(layer.rank) for name, layer in layers.items()}
-    kinds = {_last_part(name) for name, rank in current_ranks.items() if rank > 0}
-    layers = {
-        name: layer
-        for name, layer in layers.items()
-        if current_ranks[name] > 0 or (uniform is not False and _last_part(name) in kinds)
-    }
+    layers = {name: layer for name, layer in layers.items() if layer.rank > 0}
     if not layers:
         raise ValueError("Expected adapters to export but all of them have rank 0.")
     _require_exportable(model, layers)
@@ -118,8 +112,8 @@ def save_peft_adapter(
         ranks=ranks,
         fan_in_fan_out=all(is_conv1d(layer.base_layer) for layer in layers.values()),
     )
-    exported_ranks = {name: current_ranks[name] for name in layers}
-    write_folder(folder, config, tensors, model_card(exported_ranks, list(outermost(trained)), config, facts or {}))
+    current_ranks = {name: int(layer.rank) for name, layer in layers.items()}
+    write_folder(folder, config, tensors, model_card(current_ranks, list(outermost(trained)), config, facts or {}))
 
 
 def push_peft_adapter(
@@ -181,10 +175,6 @@ def _require_exportable(model: nn.Module, layers: Mapping[str, TruncatedLoRALine
                 "which PEFT adapts as a whole or not at all; use lora_state_dict(model), or "
                 "merge_lora(model, remove=True)."
             )
-
-
-def _last_part(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _common_rank(uniform: bool | int, highest: int) -> int:

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from lalora_lightning import (
+    RankAllocator,
     add_lora,
     condense_lora,
     load_peft_adapter,
@@ -92,7 +93,7 @@ def test_families(build: Callable[[], nn.Module], targets: str | None, condensed
     restored = []
     for uniform in (True, False):
         load_peft_adapter(again := copy.deepcopy(base), tmp_path / str(uniform))
-        restored.append({name: rank for name, rank in ranks(again).items() if rank})
+        restored.append(ranks(again))
     slices = {name: len(layer.out_slices) for name, layer in lora_layers(model).items()}
     assert restored[0] == restored[1] == {name: slices[name] * rank for name, rank in ranks(model).items() if rank}
 
@@ -141,7 +142,7 @@ def test_a_component_whose_b_is_zero_is_no_padding(tmp_path: Path):
 
 @pytest.mark.parametrize("uniform", [True, False])
 def test_layers_of_rank_0(uniform: bool, tmp_path: Path):
-    """Zeros if a layer of the same kind is exported, so that the short names select exactly what is in the file."""
+    """They are left out, and the names select the others only."""
     base, model = trained(families.llama, target_modules=["q_proj", "k_proj", "v_proj"])
     layers = lora_layers(model)
     for i in range(2):
@@ -153,13 +154,27 @@ def test_layers_of_rank_0(uniform: bool, tmp_path: Path):
     load_peft_adapter(base, tmp_path)
     expected = {"model.layers.0.self_attn.q_proj": 1, "model.layers.0.self_attn.v_proj": 3}
     expected |= {"model.layers.1.self_attn.q_proj": 4}
-    if uniform:
-        assert config["target_modules"] == ["q_proj", "v_proj"]
-        expected["model.layers.1.self_attn.v_proj"] = 0
-    else:
-        assert config["target_modules"] == ["0.self_attn.v_proj", "q_proj"]
+    assert config["target_modules"] == ["0.self_attn.v_proj", "q_proj"]
     assert ranks(base) == expected
     assert len(tensors) == 2 * len(expected)
+
+
+def test_an_adapter_that_is_zero_has_rank_0(tmp_path: Path):
+    base, model = trained(families.llama)
+    save_peft_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    zeros = {key: torch.zeros_like(value) if name in key else value for key, value in tensors.items()}
+    save_file(zeros, tmp_path / "adapter_model.safetensors")
+    load_peft_adapter(base, tmp_path)
+    assert ranks(base) == {**ranks(model), name: 0}
+    lora_layers(model)[name].set_rank(0)
+    torch.testing.assert_close(run(base), run(model))
+    # It can still learn.
+    RankAllocator(base)
+    assert set(ranks(base).values()) == {1}
+    run(base).sum().backward()
+    assert lora_layers(base)[name].lora_B.grad.abs().max() > 0
 
 
 def test_nothing_but_rank_0(tmp_path: Path):
