@@ -6,6 +6,7 @@ from torch import nn
 
 from lalora_lightning.layers import TruncatedLoRALinear, is_quantized
 from lalora_lightning.names import parent_name, state_name
+from lalora_lightning.saving.peft_names import saved_with
 
 __all__ = ["CONTAINERS", "base_modules", "has_moving_buffers", "outermost", "owners_of_buffers", "trained_modules"]
 
@@ -44,7 +45,7 @@ def trained_modules(modules: Mapping[str, nn.Module]) -> list[str]:
                     "adapter cannot contain; use lora_state_dict(model), or merge_lora(model, remove=True)."
                 )
         elif any(p.requires_grad for p in module._parameters.values() if p is not None):
-            names.append(_saved_as(name, modules))
+            names.append(_trained_as(_saved_as(name, modules), modules))
     return names
 
 
@@ -72,6 +73,22 @@ def _saved_as(name: str, modules: Mapping[str, nn.Module]) -> str:
     name = name.partition(".parametrizations.")[0]
     while isinstance(modules[name], CONTAINERS):
         name = parent_name(name)
+    return name
+
+
+def _trained_as(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """Return the largest module around a trained one that is trained as a whole and that its name singles out.
+
+    PEFT's configurations and its classes for tasks name whole heads: ``classifier``, not ``classifier.out_proj``.
+    """
+    parent = parent_name(name)
+    if (
+        parent
+        and not isinstance(modules[parent], CONTAINERS)
+        and all(p.requires_grad for p in modules[parent].parameters())
+        and saved_with([parent], modules) == [parent]
+    ):
+        return _trained_as(parent, modules)
     return name
 
 

@@ -32,6 +32,7 @@ def model_card(
     settings = {
         "base model": base or "not known",
         "ranks": f"{sum(ranks.values())} in {len(ranks)} projections, {min(ranks.values())} to {max(ranks.values())}",
+        "form": "mixed: each projection has its rank" if config["rank_pattern"] else f"padded to rank {config['r']}",
         "trained in full": ", ".join(trained) or "nothing",
         **facts,
     }

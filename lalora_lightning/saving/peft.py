@@ -21,8 +21,9 @@ from lalora_lightning.saving.full_modules import (
     trained_modules,
 )
 from lalora_lightning.saving.model_card import model_card
+from lalora_lightning.saving.peft_config import adapter_config
 from lalora_lightning.saving.peft_folder import KEY_PREFIX, write_folder
-from lalora_lightning.saving.peft_names import exact_pattern, require_saved_apart, saved_with, target_modules
+from lalora_lightning.saving.peft_names import require_saved_apart, saved_with, target_modules
 from lalora_lightning.saving.wrappers import model_itself
 from lalora_lightning.sharding import gathered
 
@@ -32,31 +33,43 @@ __all__ = ["push_peft_adapter", "save_peft_adapter"]
 def save_peft_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
-    uniform: bool = False,
+    uniform: bool | int = True,
     overwrite: bool = False,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the adapters, at their current ranks, and the trained head in PEFT's format.
 
-    ``PeftModel.from_pretrained(base_model, folder)`` and transformers' ``model.load_adapter(folder)`` read the folder.
-    ``README.md`` is the model card, with base model, ranks, and the given facts. The exported ``lora_B`` includes the
-    scaling. Layers of rank 0 are left out. If slices of a fused projection are adapted, they become one adapter of the
-    whole projection: its rank is the sum of the ranks of the slices, and the rows of ``lora_B`` outside of the slices
-    are zero. If initial factors are subtracted, the exported rank is twice as high. Modules whose buffers training may
-    have changed, such as BatchNorm, are saved in full like the head, and tied parameters under all of their names.
+    ``PeftModel.from_pretrained(base_model, folder)``, ``AutoPeftModelFor...`` and transformers'
+    ``model.load_adapter(folder)`` read the folder. ``README.md`` is the model card, with base model, ranks, and the
+    given facts. The exported ``lora_B`` includes the scaling. If slices of a fused projection are adapted, they become
+    one adapter of the whole projection: its rank is the sum of the ranks of the slices, and the rows of ``lora_B``
+    outside of the slices are zero. If initial factors are subtracted, the exported rank is twice as high. Modules whose
+    buffers training may have changed, such as BatchNorm, are saved in full like the head, and tied parameters under all
+    of their names.
+
+    In the uniform form, all adapters have the same rank, and alpha equals it. All formulas by which engines scale an
+    adapter are then 1. The price is a larger file. In the mixed form, each adapter keeps its own rank. ``rank_pattern``
+    and ``alpha_pattern`` hold the ranks that are not the highest, so that ``alpha / rank`` is 1 everywhere. PEFT,
+    transformers' ``load_adapter`` and vLLM from 0.32 scale the mixed form correctly. llama.cpp, Ollama and TensorRT-LLM
+    know one alpha for all layers: without a warning, they scale layers of a lower rank up. SGLang and transformers'
+    hotswap refuse different ranks.
+
+    Layers of rank 0 are left out. ``target_modules`` has the shortest names that select exactly the exported layers,
+    such as ``["q_proj", "v_proj"]``.
 
     Args:
         model: The adapted model itself, not the LightningModule around it, because names have to be those of the base
             model. Wrappers of ``torch.compile``, DDP and Fabric are removed.
         folder: A new or empty folder.
-        uniform: Pad all adapters with zero components to the highest rank, for engines that support one rank only.
+        uniform: Pad all adapters with zero components to the highest rank; a number pads them to this rank, for engines
+            that accept certain ranks only, and to exchange adapters in a running engine. False writes the mixed form.
         overwrite: Replace an adapter in the folder and its model card. A ``README.md`` that is no model card is kept.
         facts: Further rows of the model card, such as ``{"accuracy": 0.87, "gamma": 2.0}``.
 
     Raises:
         ValueError: The model has no LoRA layers, a layer is merged, sharded by FSDP1, used in several places or part of
-            an ``nn.MultiheadAttention``; or PEFT cannot save a trained module in full, because it contains an adapted
-            layer or its name does not single it out.
+            an ``nn.MultiheadAttention``; ``uniform`` is lower than the highest rank; or PEFT cannot save a trained
+            module in full, because it contains an adapted layer or its name does not single it out.
         FileExistsError: The folder is not empty.
     """
     model = model_itself(model)
@@ -79,7 +92,8 @@ def save_peft_adapter(
     factors = {name: layer.folded() for name, layer in layers.items()}
     ranks = {name: A.shape[0] for name, (A, _) in factors.items()}
     highest = max(ranks.values())
-    if uniform:
+    if uniform is not False:
+        highest = _common_rank(uniform, highest)
         factors = {name: _padded(A, B, highest) for name, (A, B) in factors.items()}
         ranks = dict.fromkeys(ranks, highest)
     tensors = {
@@ -91,21 +105,13 @@ def save_peft_adapter(
         for key, value in modules[name].state_dict().items():
             # A copy, because safetensors refuses tensors that share memory.
             tensors[f"{KEY_PREFIX}{name}.{state_name(key)}"] = gathered(value).detach().clone().contiguous()
-    pattern = {exact_pattern(name, ranks): rank for name, rank in ranks.items() if rank != highest}
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
-        "target_modules": target_modules(layers, modules),
-        "modules_to_save": saved or None,
-        "r": highest,
-        "lora_alpha": highest,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "fan_in_fan_out": all(is_conv1d(layer.base_layer) for layer in layers.values()),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-    }
+    config = adapter_config(
+        model,
+        target_modules=target_modules(layers, modules),
+        modules_to_save=saved,
+        ranks=ranks,
+        fan_in_fan_out=all(is_conv1d(layer.base_layer) for layer in layers.values()),
+    )
     current_ranks = {name: int(layer.rank) for name, layer in layers.items()}
     write_folder(folder, config, tensors, model_card(current_ranks, list(outermost(trained)), config, facts or {}))
 
@@ -113,7 +119,7 @@ def save_peft_adapter(
 def push_peft_adapter(
     model: nn.Module,
     repo_id: str,
-    uniform: bool = False,
+    uniform: bool | int = True,
     facts: Mapping[str, Any] | None = None,
     private: bool | None = None,
     token: str | None = None,
@@ -125,7 +131,7 @@ def push_peft_adapter(
     Args:
         model: As in :func:`save_peft_adapter`, like ``uniform`` and ``facts``.
         repo_id: ``"user/name"``.
-        uniform: Pad all adapters to the highest rank.
+        uniform: Pad all adapters to the highest rank, or to this one. False writes the mixed form.
         facts: Further rows of the model card.
         private: Whether a new repository is private; by default the organization's setting applies.
         token: Access token; by default the one that ``hf auth login`` stored.
@@ -169,6 +175,18 @@ def _require_exportable(model: nn.Module, layers: Mapping[str, TruncatedLoRALine
                 "which PEFT adapts as a whole or not at all; use lora_state_dict(model), or "
                 "merge_lora(model, remove=True)."
             )
+
+
+def _common_rank(uniform: bool | int, highest: int) -> int:
+    """Return the rank that all adapters are padded to."""
+    if uniform is True:
+        return highest
+    if not isinstance(uniform, int) or uniform < highest:
+        raise ValueError(
+            f"Expected uniform to be a rank of at least {highest}, the highest of the adapters, but got {uniform!r}; "
+            "lower the ranks first, for example with condense_lora, or leave uniform out."
+        )
+    return uniform
 
 
 def _padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:

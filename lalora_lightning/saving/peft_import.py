@@ -26,9 +26,10 @@ def load_peft_adapter(
 ) -> None:
     """Adapt a model with a LoRA adapter that PEFT trained, for inference or further training.
 
-    The maximum rank of all layers is the highest rank of the adapter. Layers of a lower rank are padded with new
-    components beyond the current rank. A :class:`RankAllocator` first sets all ranks to 1, unless it has
-    ``gradual_budget=False``.
+    Trailing components that are zero in ``lora_A`` and in ``lora_B`` are padding and do not count as rank. An adapter
+    that is zero has rank 0. The maximum rank of all layers is the highest rank of the adapter. Layers of a lower rank
+    are padded with new components beyond the current rank. A :class:`RankAllocator` first sets all ranks to 1, unless
+    it has ``gradual_budget=False``.
 
     Args:
         model: The base model, without LoRA layers.
@@ -58,12 +59,11 @@ def load_peft_adapter(
     modules = named_modules(model)
     own = {state_name(key): value for key, value in model.state_dict().items()}
     problems = [f"{key} does not fit the model" for key, value in saved.items() if not _fits(value, own.get(key))]
-    # Earlier versions of this package wrote a tied parameter under one name. PEFT writes many more settings.
+    # Version 0.1.0 wrote a tied parameter under one name, and no auto_mapping. PEFT always writes this setting.
     one_name_is_enough = "auto_mapping" not in config or config.get("ensure_weight_tying") is True
     if not problems:
         problems = _tied_problems(model, saved, one_name_is_enough)
-    highest = max((len(pair["A"]) for pair in factors.values() if "A" in pair and pair["A"].ndim == 2), default=0)
-    layers = {}
+    adapters: dict[str, tuple[Tensor, Tensor, float]] = {}
     for name, pair in factors.items():
         try:
             if not is_linear(modules.get(name, nn.Identity())):
@@ -71,7 +71,8 @@ def load_peft_adapter(
             missing = [f"lora_{side}" for side in "AB" if side not in pair]
             if missing:
                 raise ValueError(f"{missing[0]} is missing")
-            layers[name] = _layer(modules[name], pair, _scaling(config, name, pair), highest)
+            A, B = _without_padding(pair["A"], pair["B"], *linear_shape(modules[name]))
+            adapters[name] = A, B, _scaling(config, name, len(pair["A"]))
         except (ValueError, RuntimeError, TypeError, ArithmeticError, re.error) as error:
             problems.append(f"{name}: {str(error).rstrip('.')}")
     if not factors:
@@ -80,6 +81,8 @@ def load_peft_adapter(
         raise ValueError(f"Cannot adapt the model with {folder}: {'; '.join(problems)}.")
     frozen = _unchanged_owners_of_buffers(modules, own, saved)
     trained = [p for name, p in named_parameters(model) if name in saved and parent_name(name) not in frozen]
+    highest = max(1, *(len(A) for A, _, _ in adapters.values()))
+    layers = {name: _layer(modules[name], *adapter, highest) for name, adapter in adapters.items()}
     insert_layers(model, layers, trained)
     load_by_name(model, saved)
 
@@ -124,10 +127,7 @@ def _tied_problems(model: nn.Module, saved: Mapping[str, Tensor], one_name_is_en
     return problems
 
 
-def _scaling(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]) -> float:
-    rank = len(pair["A"])
-    if rank == 0:
-        raise ValueError("its rank is 0")
+def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
     patterns, rslora = config.get("alpha_pattern") or {}, config.get("use_rslora") or False
     if not isinstance(patterns, Mapping) or not isinstance(rslora, bool):
         raise ValueError(f"expected alpha_pattern to be an object and use_rslora a bool but got {patterns}, {rslora}")
@@ -137,25 +137,39 @@ def _scaling(config: Mapping[str, Any], name: str, pair: Mapping[str, Tensor]) -
     return lora_scaling(alpha, rank, rslora)
 
 
-@torch.no_grad()
-def _layer(module: nn.Module, pair: Mapping[str, Tensor], scaling: float, highest: int) -> TruncatedLoRALinear:
-    """Return a layer around a module, with the factors of an adapter padded to the highest rank."""
-    A, B = pair["A"], pair["B"]
-    m, d = linear_shape(module)
+def _without_padding(A: Tensor, B: Tensor, m: int, d: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of an adapter without the trailing components that are zero in A and in B.
+
+    An adapter of which nothing is left has rank 0.
+
+    Raises:
+        ValueError: The factors do not fit a weight of shape ``(m, d)``, or are not finite.
+    """
     rank = len(A)
-    if rank > min(m, d):
-        raise ValueError(f"its rank of {rank} is more than the weight's smaller side of {min(m, d)}")
+    if rank == 0:
+        raise ValueError("its rank is 0")
     if A.shape != (rank, d) or B.shape != (m, rank):
         raise ValueError(
             f"expected lora_A and lora_B of shapes ({rank}, {d}) and ({m}, {rank}) but got {tuple(A.shape)} and "
             f"{tuple(B.shape)}"
         )
-    for side, factor in pair.items():
+    for side, factor in (("A", A), ("B", B)):
         if not factor.is_floating_point() or not factor.float().isfinite().all():
             raise ValueError(f"expected lora_{side} to hold finite floating-point numbers")
+    used = ((A != 0).any(dim=1) | (B != 0).any(dim=0)).nonzero()
+    rank = int(used[-1]) + 1 if len(used) else 0
+    if rank > min(m, d):
+        raise ValueError(f"its rank of {rank} is more than the weight's smaller side of {min(m, d)}")
     # Adapters are trained in float32 even if the file holds half precision.
     dtype = torch.promote_types(A.dtype, torch.float32)
-    layer = TruncatedLoRALinear.with_scaling(module, min(highest, m, d), scaling, dtype=dtype)
+    return A[:rank].to(dtype), B[:, :rank].to(dtype)
+
+
+@torch.no_grad()
+def _layer(module: nn.Module, A: Tensor, B: Tensor, scaling: float, highest: int) -> TruncatedLoRALinear:
+    """Return a layer around a module, with the factors of an adapter padded to the highest rank."""
+    rank = len(A)
+    layer = TruncatedLoRALinear.with_scaling(module, min(highest, *linear_shape(module)), scaling, dtype=A.dtype)
     layer.lora_A[:rank], layer.lora_B[:, :rank] = A, B
     layer.set_rank(rank)
     return layer

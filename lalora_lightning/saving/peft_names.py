@@ -13,16 +13,25 @@ __all__ = ["exact_pattern", "pattern_value", "require_saved_apart", "saved_with"
 
 
 def target_modules(targets: Collection[str], names: Iterable[str]) -> list[str] | str:
-    """Return names that PEFT matches with the targets only; a regular expression if other modules end alike.
+    """Return the shortest ends of names that PEFT matches with the targets only, such as ``["q_proj", "v_proj"]``.
+
+    If other modules end with the whole name of a target, return a regular expression for the whole names.
 
     Args:
         targets: Names of the adapted modules.
         names: Names of all modules of the base model.
     """
-    ends = tuple(f".{target}" for target in targets)
-    if any(name.endswith(ends) and name not in targets for name in names):
+    others = {end for name in names if name not in targets for end in _ends(name)}
+    shortest = [next((end for end in _ends(target) if end not in others), None) for target in targets]
+    if None in shortest:
         return "|".join(map(re.escape, targets))
-    return list(targets)
+    return sorted({end for end in shortest if end is not None})
+
+
+def _ends(name: str) -> list[str]:
+    """Return what PEFT accepts as the end of a name, the shortest first: ``["q", "attn.q", "0.attn.q"]``."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
 def exact_pattern(name: str, names: Iterable[str]) -> str:

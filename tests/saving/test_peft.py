@@ -124,15 +124,16 @@ def test_round_trips(tmp_path: Path, family: str):
         same(outputs(again, family), expected)
     trim_lora(model)
     same(outputs(model, family), expected)
-    save_peft_adapter(model, tmp_path / "trimmed")
+    save_peft_adapter(model, tmp_path / "trimmed", uniform=False)
     same(outputs(PeftModel.from_pretrained(build(family), tmp_path / "trimmed").eval(), family), expected)
     merge_lora(model)
     same(outputs(model, family), expected)
 
 
-def test_transformers_load_adapter_reads_it(tmp_path: Path):
+@pytest.mark.parametrize("uniform", [True, False, 16])
+def test_transformers_load_adapter_reads_it(uniform: bool | int, tmp_path: Path):
     model = trained("llama")
-    save_peft_adapter(model, tmp_path / "adapter")
+    save_peft_adapter(model, tmp_path / "adapter", uniform=uniform)
     plain = build("llama")
     plain.load_adapter(tmp_path / "adapter")
     same(outputs(plain, "llama"), outputs(model, "llama"))
@@ -141,14 +142,14 @@ def test_transformers_load_adapter_reads_it(tmp_path: Path):
 def test_the_uniform_form_keeps_the_rules_of_engines_without_patterns(tmp_path: Path):
     """vLLM's, as vllm.lora.peft_helper.PEFTHelper checks them, and one shape of lora_A and lora_B a projection."""
     model = trained("llama")
-    save_peft_adapter(model, tmp_path, uniform=True)
+    save_peft_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
     assert config["modules_to_save"] is None
     assert config["bias"] == "none"
     assert not config.get("use_dora", False)
-    assert config["target_modules"] == list(lora_layers(model))
+    assert config["target_modules"] == ["q_proj", "v_proj"]
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert len(tensors) == 2 * len(lora_layers(model))
     for key, value in tensors.items():
@@ -158,7 +159,7 @@ def test_the_uniform_form_keeps_the_rules_of_engines_without_patterns(tmp_path: 
 
 
 def test_the_mixed_form_scales_by_one_for_readers_that_ignore_the_patterns_scale(tmp_path: Path):
-    save_peft_adapter(trained("roberta"), tmp_path)
+    save_peft_adapter(trained("roberta"), tmp_path, uniform=False)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] != {}
     assert config["r"] == config["lora_alpha"]
@@ -182,7 +183,7 @@ def test_a_name_that_ends_like_another_keeps_its_own_rank(tmp_path: Path):
     for i, layer in enumerate(lora_layers(model).values()):
         nn.init.normal_(layer.lora_B)
         layer.set_rank(4 - i)
-    save_peft_adapter(model, tmp_path)
+    save_peft_adapter(model, tmp_path, uniform=False)
     torch.manual_seed(0)
     x = torch.randn(3, 8)
     torch.manual_seed(0)

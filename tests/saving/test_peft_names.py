@@ -51,13 +51,14 @@ def adapt(base: nn.Module, targets: Any, head: str = "head") -> nn.Module:
 
 @torch.no_grad()
 def require_round_trip(base: nn.Module, model: nn.Module, folder: Path) -> dict[str, Any]:
-    save_peft_adapter(model, folder)
-    theirs = PeftModel.from_pretrained(copy.deepcopy(base), folder)
-    ours = copy.deepcopy(base)
-    load_peft_adapter(ours, folder)
     assert (base(X) - model(X)).abs().max() > 1e-3
-    for got in (theirs(X), ours(X)):
-        torch.testing.assert_close(got, model(X), rtol=0, atol=1e-6)
+    for uniform in (True, False):
+        save_peft_adapter(model, folder, uniform=uniform, overwrite=True)
+        theirs = PeftModel.from_pretrained(copy.deepcopy(base), folder)
+        ours = copy.deepcopy(base)
+        load_peft_adapter(ours, folder)
+        for got in (theirs(X), ours(X)):
+            torch.testing.assert_close(got, model(X), rtol=0, atol=1e-6)
     return json.loads((folder / "adapter_config.json").read_text())
 
 
@@ -130,5 +131,11 @@ def test_names_stay_plain_where_they_are_clear():
     assert exact_pattern("c+.q", names) == r"^c\+\.q"
     assert pattern_value({"b.q": 1, "q": 2}, "b.q", 8) == 1
     assert pattern_value({"v": 1}, "b.q", 8) == 8
-    assert target_modules(["a.q", "inner.a.q"], names) == ["a.q", "inner.a.q"]
+
+
+def test_targets_have_the_shortest_names_that_select_nothing_else():
+    names = ["", "a", "a.q", "a.v", "b", "b.q", "b.v", "inner.a.q", "inner.q_proj"]
+    assert target_modules(["a.q", "b.q", "inner.a.q"], names) == ["q"]
+    assert target_modules(["a.q", "inner.a.q", "b.v"], names) == ["a.q", "b.v"]
+    assert target_modules(["inner.a.q", "b.q", "a.v", "b.v"], names) == ["b.q", "inner.a.q", "v"]
     assert target_modules(["a.q", "b.q"], names) == r"a\.q|b\.q"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.benchmarks import allocator, common, condensing, inference, training
+from recipes.benchmarks import adapter_files, allocator, common, condensing, inference, training
 from recipes.benchmarks.common import interleave, ratios
 
 
@@ -96,3 +96,12 @@ def test_ratios_compare_within_a_repeat():
     # The quotients 0.5, 2, 1; the quartiles of three numbers are the numbers.
     assert relative["a"] == (0.5, 1.0, 2.0)
     assert relative["b"] == (1.0, 1.0, 1.0)
+
+
+def test_adapter_files(capsys: pytest.CaptureFixture):
+    """Query and value of 2 layers of width 32, and the other linear layers, which have 32 rows or columns, too."""
+    assert adapter_files.components_parameters("llama-small", ["q_proj", "v_proj"]) == 2 * 2 * (32 + 32)
+    assert adapter_files.components_parameters("llama-small", "all-linear") == 7 * 2 * (32 + 32)
+    adapter_files.main(average_rank=2, highest_rank=4, padded_to=8)
+    sizes = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("RoBERTa-base, query"))
+    assert sizes.split()[-3:] == ["0.3", "0.6", "1.1"]
