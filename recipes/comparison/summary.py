@@ -39,7 +39,7 @@ class Row:
         scores: Score of each run.
         score: Mean score.
         spread: Standard deviation of the scores; None for a single run.
-        worst: Lowest score.
+        worst: Lowest score; NaN if one of them is NaN.
         trainable_parameters: Trainable parameters during training.
         final_parameters: Trainable parameters after cutting the layers to their final ranks, mean.
         deployed_parameters: The same without the head; None if they were not recorded.
@@ -186,7 +186,7 @@ def _row(runs: list[Record], baseline: dict[int, float]) -> Row:
         scores=tuple(scores),
         score=statistics.mean(scores),
         spread=deviation(scores) if len(scores) > 1 else None,
-        worst=min(scores),
+        worst=math.nan if any(map(math.isnan, scores)) else min(scores),
         trainable_parameters=first["trainable_parameters"],
         final_parameters=statistics.mean(run["final_parameters"] for run in runs),
         deployed_parameters=statistics.mean(deployed) if deployed else None,
