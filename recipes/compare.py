@@ -154,7 +154,9 @@ class Comparison:
         while True:
             started = {run_key(run) for run in running.values()}
             for run in next_runs(plans, seeds, {**self.done, **failed}):
-                if len(running) < jobs and run_key(run) not in started:
+                if len(running) == jobs:
+                    break
+                if run_key(run) not in started:
                     started.add(run_key(run))
                     running[pool.submit(train, run)] = run
             if not running:
