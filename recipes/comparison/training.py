@@ -12,7 +12,7 @@ import lalora_lightning
 from lalora_lightning.adapters import find_head
 from lalora_lightning.memory import peak_memory_mib, reset_peak_memory, resident_mib
 from recipes.benchmarks.common import machine
-from recipes.comparison.ranks import layer_ranks, trimmed_parameters
+from recipes.comparison.ranks import layer_ranks, projection_ranks, trimmed_parameters
 from recipes.comparison.records import Record, run_title
 from recipes.comparison.tasks import ComparisonTask
 from recipes.digits import NamedProgressBar
@@ -112,6 +112,7 @@ def train(task: ComparisonTask, plan: Record, progress_bar: bool = False) -> Rec
         "final_parameters": final,
         "deployed_parameters": final - head_size,
         "ranks": ranks,
+        "projection_ranks": projection_ranks(module),
         "total_rank": sum(ranks.values()) if ranks else None,
         "seconds": costs.seconds,
         "memory_mib": costs.memory_mib,

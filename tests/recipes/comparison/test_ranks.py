@@ -7,7 +7,7 @@ import pytest
 
 from lalora_lightning import trim_lora
 from lalora_lightning.modules.task import TaskModule
-from recipes.comparison.ranks import layer_ranks, trimmed_parameters
+from recipes.comparison.ranks import layer_ranks, projection_ranks, trimmed_parameters
 from recipes.methods import METHODS, parse_method
 from tests.recipes.methods.models import HEAD, fit, text, trainable, vision
 
@@ -17,6 +17,9 @@ def test_what_is_trained_after_trimming():
     callbacks = METHODS["lalora"].adapt(module, rank=4)
     fit(module, batch, callbacks, steps=5)
     ranks = layer_ranks(module)
+    by_name = projection_ranks(module)
+    assert len(by_name) == 4
+    assert sum(by_name.values()) == 2 * sum(ranks.values())
     # Query and value of each block, 32 a rank.
     assert trimmed_parameters(module) == HEAD + sum(2 * 32 * rank for rank in ranks.values())
 
