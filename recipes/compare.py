@@ -2,22 +2,29 @@
 
     python -m recipes.compare --tasks digits --methods lora lalora lalora:gamma=4 --seeds 0 1 2 3 4
     python -m recipes.compare --tasks glue/mrpc --methods lora "lalora:growth=stored,contribution_scale=absolute"
-    python -m recipes.compare --tasks digits --methods lora lalora --learning_rates 1e-3 3e-3 1e-2
+    python -m recipes.compare --tasks digits --methods lora lalora --learning_rates 5e-3 --jobs 2
 
-Each run is added to a JSON lines file as soon as it is done. Runs in this file are not repeated. The tables are written
-next to this file as Markdown and CSV, with a figure for each table. The exit status is 1 if a run has failed.
+Each method is trained at its own learning rate, which is chosen on training rows that are held out, with two other
+seeds: the best of five or more rates, see recipes/README.md. Each run is added to a JSON lines file as soon as it is
+done. Runs in this file are not repeated. The tables are written next to this file as Markdown and CSV, with a figure
+for each table. The exit status is 1 if a run has failed.
 """
 
 import dataclasses
-import itertools
-import math
+import functools
+import multiprocessing
 import sys
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
+import torch
 import transformers
 from jsonargparse import ArgumentParser
 
 from recipes.comparison import (
+    REFERENCE,
     Record,
     append_record,
     figures,
@@ -25,18 +32,25 @@ from recipes.comparison import (
     markdown,
     read_records,
     run_key,
+    run_title,
     summarize,
     write_csv,
+)
+from recipes.comparison.selection import (
+    ProtocolError,
+    best_rate,
+    new_protocol,
+    next_runs,
+    rate_grid,
+    require_same_protocol,
+    selection,
 )
 from recipes.comparison.tasks import TASKS, ComparisonTask, TaskSettings, build_task
 from recipes.comparison.training import train
 from recipes.console import quiet
-from recipes.methods import METHODS, NotApplicableError, parse_method
+from recipes.methods import METHODS, NotApplicableError, method_label, parse_method
 
-__all__ = ["SEARCH_SEED", "Comparison", "compare", "main", "write_report"]
-
-SEARCH_SEED = 1_000_000
-"""Seed for the search of learning rates; the compared runs do not use it."""
+__all__ = ["Comparison", "compare", "main", "write_report"]
 
 # The options for the arguments that error messages of the package name.
 _OPTIONS = "Options of this recipe: --model for name, --glue_path or --cifar10_path for path"
@@ -50,6 +64,8 @@ def compare(
     task_settings: TaskSettings,
     output: Path = Path("runs/compare.jsonl"),
     precision: str = "32-true",
+    baseline: str = REFERENCE,
+    jobs: int = 1,
     report_only: bool = False,
 ) -> int:
     """Do the missing runs and write the tables.
@@ -58,11 +74,13 @@ def compare(
         tasks: Names of tasks.
         methods: Methods, each as ``name`` or ``name:setting=value,setting=value``.
         seeds: Seeds of the head, the order of the rows and dropout; the pretrained backbone is the same for all.
-        learning_rates: Peak learning rates. A single value is used for all methods. With several values, each method
-            uses the one that scores best with a held-out seed. Without a value, each task's default is used.
+        learning_rates: Peak learning rates, of which each method uses its best one. A single value is used for all
+            methods, without a choice. Without a value, there are five, a factor of 2 apart.
         task_settings: Settings of the tasks.
         output: File for the runs; the tables are written next to it.
         precision: Precision of the Trainer.
+        baseline: The method to which the others are compared in the tables.
+        jobs: Number of runs at a time, each in a process with one thread; 1 uses this process and all its threads.
         report_only: Only read the file and write the tables.
 
     Returns:
@@ -70,30 +88,35 @@ def compare(
 
     Raises:
         ValueError: A method, a setting or a task is unknown.
+        ProtocolError: The file has runs whose learning rates were chosen differently.
         FileNotFoundError: Data or model cannot be found or downloaded.
     """
-    quiet()
-    # The warning about a new head is expected, and thousands of progress bars would be printed.
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _quiet()
     planned = [parse_method(spec) for spec in methods]
+    compared_to = method_label(*parse_method(baseline))
     comparison = Comparison(output)
     for name in [] if report_only else tasks:
         task = build_task(name, task_settings)
-        rates = sorted(learning_rates) or [task.learning_rate]
+        protocol = new_protocol(learning_rates or rate_grid(task.learning_rate))
+        require_same_protocol(comparison.done.values(), task.name, protocol)
         plans: list[Record] = [
             {
                 "task": task.name,
                 "task_settings": task.settings,
                 "method": method.name,
                 "settings": {**method.defaults, **settings},
-                "learning_rates": rates,
+                "protocol": protocol,
                 "precision": precision,
             }
             for method, settings in planned
         ]
-        comparison.run(task, plans, seeds)
-    write_report(list(comparison.done.values()), output)
+        if jobs == 1:
+            job: Callable[[Record], Record] = functools.partial(train, task, progress_bar=sys.stderr.isatty())
+        else:
+            job = functools.partial(_train_in_worker, name, task_settings)
+        with _pool(jobs) as pool:
+            comparison.run(plans, seeds, pool, job, jobs)
+    write_report(list(comparison.done.values()), output, compared_to)
     return comparison.failed
 
 
@@ -113,88 +136,66 @@ class Comparison:
         self.done = {run_key(record): record for record in read_records(output)}
         self.failed = 0
 
-    def run(self, task: ComparisonTask, plans: list[Record], seeds: list[int]) -> None:
-        """Run each plan with each seed.
-
-        All plans are run with one seed before the next, so that methods can be compared before all seeds are done.
+    def run(
+        self, plans: list[Record], seeds: list[int], pool: Executor, train: Callable[[Record], Record], jobs: int = 1
+    ) -> None:
+        """Choose the learning rate of each plan, and run it with each seed.
 
         Args:
-            task: The task.
             plans: The methods, with everything that identifies a run except for seed and learning rate.
             seeds: The seeds.
+            pool: Executes the runs.
+            train: A function from a planned run to what it measures.
+            jobs: Number of runs at a time.
         """
-        # The learning rate of each plan by its index; None for a plan that cannot be run.
-        chosen: dict[int, float | None] = {}
-        runs = list(itertools.product(seeds, enumerate(plans)))
-        for number, (seed, (index, plan)) in enumerate(runs, 1):
-            try:
-                if index not in chosen:
-                    chosen[index] = self.choose_learning_rate(task, plan)
-                rate = chosen[index]
-                if rate is not None:
-                    run = {**plan, "seed": seed, "searched": None, "learning_rate": rate}
-                    self.run_once(task, run, f"{number}/{len(runs)}")
-            except NotApplicableError as error:
-                print(f"{task.name}, {label(plan)}: {error}", file=sys.stderr)
-                chosen[index] = None
-
-    def choose_learning_rate(self, task: ComparisonTask, plan: Record) -> float | None:
-        """Find the learning rate that scores best with the held-out seed.
-
-        Returns:
-            The learning rate; None if a run of the search failed. A score of NaN counts as the worst.
-        """
-        rates = plan["learning_rates"]
-        if len(rates) == 1:
-            return rates[0]
-        scores = {}
-        for rate in rates:
-            # The other rates are not part of the key, so that a search over other rates can use the same runs.
-            search = {**plan, "learning_rates": [rate], "seed": SEARCH_SEED, "searched": rate, "learning_rate": rate}
-            record = self.run_once(task, search, f"learning rate {rate:g}")
-            if record is not None:
-                scores[rate] = -math.inf if math.isnan(record["score"]) else record["score"]
-        if len(scores) < len(rates):
-            print(
-                f"{task.name}, {label(plan)}: skipped, because the search of its learning rate failed.", file=sys.stderr
-            )
-            return None
-        return max(scores, key=scores.__getitem__)
-
-    def run_once(self, task: ComparisonTask, plan: Record, title: str) -> Record | None:
-        """Do a run, unless its record exists, and add its record to the file.
-
-        Args:
-            task: The task.
-            plan: Everything that identifies the run.
-            title: Start of the text in front of the progress bar.
-
-        Returns:
-            The record; None if the run failed. The error is then printed and counted.
-
-        Raises:
-            NotApplicableError: The method cannot adapt the task's model.
-        """
-        key = run_key(plan)
-        if key not in self.done:
-            try:
-                measured = train(task, plan, title)
-            except NotApplicableError:
-                raise
-            except ValueError as error:
+        plans = list(plans)
+        failed: dict[str, Record | None] = {}
+        running: dict[Future[Record], Record] = {}
+        while True:
+            started = {run_key(run) for run in running.values()}
+            for run in next_runs(plans, seeds, {**self.done, **failed}):
+                if len(running) == jobs:
+                    break
+                if run_key(run) not in started:
+                    started.add(run_key(run))
+                    running[pool.submit(train, run)] = run
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                try:
+                    self.add({**run, **future.result()})
+                except NotApplicableError as error:
+                    # The other runs of this plan may have started already.
+                    if same := [plan for plan in plans if plan.items() <= run.items()]:
+                        print(f"{run['task']}, {label(run)}: {error}", file=sys.stderr)
+                        plans = [plan for plan in plans if plan not in same]
+                except ValueError as error:
+                    # At some learning rates, a method may diverge.
+                    self.failed += run["searched"] is None
+                    failed[run_key(run)] = None
+                    print(f"{run_title(run)}: {error}", file=sys.stderr)
+        for plan in plans:
+            scores, _ = selection(plan, {**self.done, **failed})
+            if scores and best_rate(scores) is None:
                 self.failed += 1
-                run = f"{task.name}, {label(plan)}, seed {plan['seed']}, learning rate {plan['learning_rate']:g}"
-                print(f"{run}: {error}", file=sys.stderr)
-                return None
-            self.done[key] = {**plan, **measured}
-            append_record(self.output, self.done[key])
-        return self.done[key]
+                print(
+                    f"{plan['task']}, {label(plan)}: skipped, because it has no score at any learning rate.",
+                    file=sys.stderr,
+                )
+
+    def add(self, record: Record) -> None:
+        """Add the record of a run to the file, and print its score."""
+        self.done[run_key(record)] = record
+        append_record(self.output, record)
+        rows = "" if record["searched"] is None else "selection: "
+        print(f"{rows}{run_title(record)}: {100 * record['score']:.1f} in {record['seconds']:.0f} s", flush=True)
 
 
-def write_report(records: list[Record], output: Path) -> None:
+def write_report(records: list[Record], output: Path, baseline: str = REFERENCE) -> None:
     """Write the tables and figures next to the file of the runs, and print the tables."""
-    rows = summarize(records)
-    tables = markdown(rows)
+    rows = summarize(records, baseline)
+    tables = markdown(rows, baseline)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".md").write_text(tables)
     write_csv(output.with_suffix(".csv"), rows)
@@ -203,6 +204,47 @@ def write_report(records: list[Record], output: Path) -> None:
         files.append(output.with_name(f"{output.stem}-{name}.png"))
         figure.savefig(files[-1], dpi=120)
     print(f"\n{tables}\n{output}, {', '.join(file.name for file in files)}")
+
+
+class _InThisProcess(Executor):
+    """Does each run when it is submitted."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except ValueError as error:
+            future.set_exception(error)
+        return future
+
+
+def _pool(jobs: int) -> Executor:
+    if jobs == 1:
+        return _InThisProcess()
+    # A process that was forked from one with threads of torch can block.
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(jobs, spawn, initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    _quiet()
+
+
+def _train_in_worker(name: str, settings: TaskSettings, run: Record) -> Record:
+    return train(_task(name, settings), run)
+
+
+@functools.cache
+def _task(name: str, settings: TaskSettings) -> ComparisonTask:
+    return build_task(name, settings)
+
+
+def _quiet() -> None:
+    quiet()
+    # The warning about a new head is expected, and thousands of progress bars would be printed.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def main() -> None:
@@ -221,7 +263,7 @@ def main() -> None:
         nargs="+",
         type=float,
         default=[],
-        help="One value for all methods, or several values to search; by default, each task has its own.",
+        help="Several values to choose from, or one for all methods; by default five values around the task's own.",
     )
     parser.add_class_arguments(TaskSettings)
     parser.add_function_arguments(compare, skip={"tasks", "methods", "seeds", "learning_rates", "task_settings"})
@@ -229,7 +271,7 @@ def main() -> None:
     names = [field.name for field in dataclasses.fields(TaskSettings)]
     settings = TaskSettings(**{name: arguments.pop(name) for name in names})
     try:
-        for spec in arguments["methods"]:
+        for spec in (*arguments["methods"], arguments["baseline"]):
             parse_method(spec)
     except ValueError as error:
         parser.error(str(error))
@@ -237,6 +279,8 @@ def main() -> None:
         failed = compare(task_settings=settings, **arguments)
     except FileNotFoundError as error:
         sys.exit(f"error: {error}\n{_OPTIONS}")
+    except ProtocolError as error:
+        sys.exit(f"error: {error}\nOption of this recipe: --output for the file")
     if failed:
         sys.exit(f"error: {failed} {'run' if failed == 1 else 'runs'} failed, see the messages above")
 

@@ -7,16 +7,21 @@ from torch import nn
 from lalora_lightning import lora_layers
 from lalora_lightning.names import group_names
 
-__all__ = ["layer_ranks", "trimmed_parameters"]
+__all__ = ["layer_ranks", "projection_ranks", "trimmed_parameters"]
 
 
 def layer_ranks(model: nn.Module) -> dict[str, float]:
     """Return the rank of each transformer block that has low-rank layers: the mean over its projections."""
-    ranks: dict[str, float] = {name: int(layer.rank) for name, layer in lora_layers(model).items()}
+    ranks = projection_ranks(model)
+    return {block: sum(ranks[name] for name in names) / len(names) for block, names in group_names(ranks).items()}
+
+
+def projection_ranks(model: nn.Module) -> dict[str, int]:
+    """Return the rank of each low-rank layer by name."""
+    ranks = {name: int(layer.rank) for name, layer in lora_layers(model).items()}
     for name, layer in _peft_layers(model).items():
         ranks[name] = _kept_triplets(layer) if hasattr(layer, "lora_E") else layer.r["default"]
-    blocks = group_names(ranks)
-    return {block: sum(ranks[name] for name in names) / len(names) for block, names in blocks.items()}
+    return ranks
 
 
 def trimmed_parameters(model: nn.Module) -> int:

@@ -7,12 +7,21 @@ from typing import Any
 
 from recipes.methods import METHODS, method_label
 
-__all__ = ["SAME_COMPARISON", "Record", "append_record", "group_records", "label", "read_records", "run_key"]
+__all__ = [
+    "SAME_COMPARISON",
+    "Record",
+    "append_record",
+    "group_records",
+    "label",
+    "read_records",
+    "run_key",
+    "run_title",
+]
 
 Record = dict[str, Any]
 """A run: what was planned (task, method, settings, seed, ...) and what was measured."""
 
-SAME_COMPARISON = ("task", "task_settings", "learning_rates", "precision")
+SAME_COMPARISON = ("task", "task_settings", "protocol", "precision")
 """Runs with equal values of these keys are compared with each other."""
 
 _SAME_RUN = (*SAME_COMPARISON, "method", "settings", "seed", "searched")
@@ -36,6 +45,11 @@ def label(record: Record) -> str:
     return method_label(METHODS[record["method"]], record["settings"])
 
 
+def run_title(run: Record) -> str:
+    """Return the task, the method, the learning rate and the seed of a run as text."""
+    return f"{run['task']}, {label(run)}, learning rate {run['learning_rate']:g}, seed {run['seed']}"
+
+
 def run_key(record: Record) -> str:
     """Return a string that identifies a run; it is the same for a planned run and for its record."""
     return _key(record, _SAME_RUN)
@@ -45,7 +59,8 @@ def read_records(path: Path) -> list[Record]:
     """Read all complete records of a file; an incomplete last line is ignored.
 
     Settings that were added to a method after the run get their default, which corresponds to the earlier behavior.
-    Removed settings are dropped if their value corresponds to the current method.
+    Removed settings are dropped if their value corresponds to the current method. Records without a protocol get that
+    of the version that wrote them.
 
     Returns:
         The records; an empty list if there is no such file.
@@ -54,7 +69,14 @@ def read_records(path: Path) -> list[Record]:
         return []
     complete = path.read_text().rpartition("\n")[0]
     records = [json.loads(line) for line in complete.splitlines()]
-    return [{**record, "settings": _current_settings(record["method"], record["settings"])} for record in records]
+    return [
+        {
+            "protocol": _first_protocol(record),
+            **record,
+            "settings": _current_settings(record["method"], record["settings"]),
+        }
+        for record in records
+    ]
 
 
 def append_record(path: Path, record: Record) -> None:
@@ -72,6 +94,18 @@ def group_records(records: Iterable[Record], names: Sequence[str]) -> list[list[
     for record in records:
         groups.setdefault(_key(record, names), []).append(record)
     return list(groups.values())
+
+
+def _first_protocol(record: Record) -> Record:
+    """Return the protocol of a record without one, where learning rates were chosen with one seed on the test rows."""
+    rates = record.get("learning_rates", [])
+    chosen = len(rates) > 1
+    return {
+        "version": 1,
+        "learning_rates": rates,
+        "selection_rows": "test rows" if chosen else None,
+        "selection_seeds": [1_000_000] if chosen else [],
+    }
 
 
 def _current_settings(method: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""Tables and figures of a comparison: mean scores, and differences to LoRA paired by seed."""
+"""Tables and figures of a comparison: mean scores, differences to a baseline paired by seed, learning rates."""
 
 import csv
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -15,10 +15,13 @@ from lalora_lightning.plotting import plot_comparison
 from lalora_lightning.tables import markdown_table
 from recipes.comparison.records import SAME_COMPARISON, Record, group_records, label
 
-__all__ = ["REFERENCE", "Row", "figures", "markdown", "summarize", "write_csv"]
+__all__ = ["REFERENCE", "Row", "figures", "markdown", "plateau", "summarize", "write_csv"]
 
 REFERENCE = "lora"
-"""Label of the method to which the others are compared."""
+"""Label of the method to which the others are compared by default."""
+
+_PLATEAU = 2.0
+"""Learning rates whose score for selection is at most this far below the best, in percent, are called its plateau."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Row:
     Attributes:
         task: Name of the task.
         task_settings: Settings of the task, as JSON.
-        learning_rates: The searched learning rates, or the shared learning rate, as JSON.
+        protocol: What decided on the learning rates, as JSON.
         precision: Precision of the Trainer.
         method: Name and settings of the method.
         metric: Name of the score.
@@ -36,22 +39,25 @@ class Row:
         scores: Score of each run.
         score: Mean score.
         spread: Standard deviation of the scores; None for a single run.
+        worst: Lowest score; NaN if one of them is NaN.
         trainable_parameters: Trainable parameters during training.
         final_parameters: Trainable parameters after cutting the layers to their final ranks, mean.
+        deployed_parameters: The same without the head; None if they were not recorded.
         total_rank: Sum of the layers' final ranks, mean; None for methods without ranks.
         ranks: Final rank of each layer, mean.
         seconds: Duration of training, mean.
         memory_mib: Peak memory in training, mean; None if it was not measured.
         learning_rate: The learning rate of the runs.
-        pairs: Number of seeds for which the reference was also run.
-        difference: Mean difference to the reference over these seeds; None without pairs.
+        selection_scores: Mean score for selection by learning rate; empty if it was not chosen or not recorded.
+        pairs: Number of seeds for which the baseline was also run.
+        difference: Mean difference to the baseline over these seeds; None without pairs.
         low: Lower end of the 95% bootstrap interval of the difference; None for a single pair.
         high: Upper end of the interval.
     """
 
     task: str
     task_settings: str
-    learning_rates: str
+    protocol: str
     precision: str
     method: str
     metric: str
@@ -59,44 +65,73 @@ class Row:
     scores: tuple[float, ...]
     score: float
     spread: float | None
+    worst: float
     trainable_parameters: int
     final_parameters: float
+    deployed_parameters: float | None
     total_rank: float | None
     ranks: tuple[float, ...]
     seconds: float
     memory_mib: float | None
     learning_rate: float
+    selection_scores: dict[float, float]
     pairs: int
     difference: float | None
     low: float | None
     high: float | None
 
 
-def summarize(records: Iterable[Record]) -> list[Row]:
-    """Return a row for each method of each comparison, in the order of their first runs."""
+def summarize(records: Iterable[Record], baseline: str = REFERENCE) -> list[Row]:
+    """Return a row for each method of each comparison, in the order of their first runs.
+
+    Args:
+        records: The runs.
+        baseline: Label of the method to which the others are compared.
+    """
     rows = []
     for comparison in group_records([r for r in records if r["searched"] is None], SAME_COMPARISON):
         methods = group_records(comparison, ("method", "settings"))
-        reference = {r["seed"]: r["score"] for runs in methods if label(runs[0]) == REFERENCE for r in runs}
-        rows += [_row(method, reference) for method in methods]
+        compared_to = {r["seed"]: r["score"] for runs in methods if label(runs[0]) == baseline for r in runs}
+        rows += [_row(method, compared_to) for method in methods]
     return rows
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Return a Markdown section with a table for each comparison."""
+def markdown(rows: Sequence[Row], baseline: str = REFERENCE) -> str:
+    """Return a Markdown section for each comparison, with a table of scores and one of scores by learning rate."""
     sections = []
-    for comparison in group_records([dataclasses.asdict(row) for row in rows], SAME_COMPARISON):
+    for comparison in _comparisons(rows):
         first = comparison[0]
-        settings = ", ".join(f"{key} {value}" for key, value in json.loads(first["task_settings"]).items())
-        rates = json.loads(first["learning_rates"])
-        rate = f"shared learning rate {rates[0]:g}"
-        if len(rates) > 1:
-            rate = f"learning rate of each method searched over {', '.join(f'{rate:g}' for rate in rates)}"
-        header = ["method", first["metric"].removeprefix("test/"), f"difference to {REFERENCE} (95% interval)", "seeds"]
-        header += ["trainable parameters", "final parameters", "total rank", "seconds", "memory (MiB)", "learning rate"]
-        table = markdown_table(header, [_cells(row) for row in comparison], left=[0])
-        sections.append(f"## {first['task']}\n\n{settings}; {rate}; precision {first['precision']}\n\n{table}\n")
+        metric = first.metric.removeprefix("test/")
+        settings = ", ".join(f"{key} {value}" for key, value in json.loads(first.task_settings).items())
+        deployed = "final parameters" if first.deployed_parameters is None else "deployed parameters"
+        header = ["method", deployed, metric, "worst seed", f"difference to {baseline} (95% interval)", "seeds"]
+        header += ["trainable parameters", "total rank", "seconds", "memory (MiB)", "learning rate"]
+        table = markdown_table(header, [_cells(row, baseline) for row in comparison], left=[0])
+        protocol = json.loads(first.protocol)
+        sections.append(f"## {first.task}\n\n{settings}; {_choice(protocol)}; precision {first.precision}\n\n{table}\n")
+        if any(row.selection_scores for row in comparison):
+            seeds = len(protocol["selection_seeds"])
+            sections.append(
+                f"Mean {metric} on the held-out training rows ({seeds} seeds) by learning rate; the plateau is the "
+                f"range within {_PLATEAU:g} points of the best\n\n{_rate_table(comparison)}\n"
+            )
     return "\n".join(sections)
+
+
+def plateau(scores: dict[float, float]) -> tuple[float, float]:
+    """Return the lowest and the highest learning rate around the best without a score far below the best.
+
+    >>> plateau({0.001: 80.0, 0.002: 91.0, 0.004: 92.0, 0.008: 85.0, 0.016: 90.5})
+    (0.002, 0.004)
+    """
+    rates = sorted(scores)
+    best = max(rates, key=scores.__getitem__)
+    low = high = rates.index(best)
+    while low > 0 and scores[rates[low - 1]] >= scores[best] - _PLATEAU:
+        low -= 1
+    while high + 1 < len(rates) and scores[rates[high + 1]] >= scores[best] - _PLATEAU:
+        high += 1
+    return rates[low], rates[high]
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -107,32 +142,43 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         for row in rows:
             numbers = {"scores": row.scores, "ranks": row.ranks}
             lists = {name: " ".join(f"{number:g}" for number in values) for name, values in numbers.items()}
-            writer.writerow({**dataclasses.asdict(row), **lists})
+            by_rate = " ".join(f"{rate:g}:{score:g}" for rate, score in row.selection_scores.items())
+            writer.writerow({**dataclasses.asdict(row), **lists, "selection_scores": by_rate})
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Figure]:
     """Return a figure of the scores of each comparison by task; further ones of a task have a number."""
     by_name: dict[str, Figure] = {}
-    for comparison in group_records([dataclasses.asdict(row) for row in rows], SAME_COMPARISON):
-        name = comparison[0]["task"].replace("/", "-")
+    for comparison in _comparisons(rows):
+        name = comparison[0].task.replace("/", "-")
         if name in by_name:
             name += f"-{sum(other.startswith(name) for other in by_name) + 1}"
-        metric = comparison[0]["metric"].removeprefix("test/")
-        by_name[name] = plot_comparison({row["method"]: row["scores"] for row in comparison}, f"{metric}, %")
+        metric = comparison[0].metric.removeprefix("test/")
+        by_name[name] = plot_comparison({row.method: row.scores for row in comparison}, f"{metric}, %")
     return by_name
 
 
-def _row(runs: list[Record], reference: dict[int, float]) -> Row:
+def _comparisons(rows: Sequence[Row]) -> list[list[Row]]:
+    """Group rows by what is the same for all runs of a comparison."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.task, row.task_settings, row.protocol, row.precision), []).append(row)
+    return list(groups.values())
+
+
+def _row(runs: list[Record], baseline: dict[int, float]) -> Row:
     scores = [100 * run["score"] for run in runs]
-    differences = [100 * (run["score"] - reference[run["seed"]]) for run in runs if run["seed"] in reference]
+    differences = [100 * (run["score"] - baseline[run["seed"]]) for run in runs if run["seed"] in baseline]
     low, high = bootstrap_interval(differences) if len(differences) > 1 else (None, None)
     ranks = [list(run["ranks"].values()) for run in runs]
     memory = [run["memory_mib"] for run in runs if run["memory_mib"] is not None]
     first = runs[0]
+    deployed = [run["deployed_parameters"] for run in runs if "deployed_parameters" in run]
+    selection = {float(rate): _mean(values) for rate, values in first.get("selection_scores", {}).items()}
     return Row(
         task=first["task"],
         task_settings=json.dumps(first["task_settings"]),
-        learning_rates=json.dumps(first["learning_rates"]),
+        protocol=json.dumps(first["protocol"]),
         precision=first["precision"],
         method=label(first),
         metric=first["metric"],
@@ -140,13 +186,16 @@ def _row(runs: list[Record], reference: dict[int, float]) -> Row:
         scores=tuple(scores),
         score=statistics.mean(scores),
         spread=deviation(scores) if len(scores) > 1 else None,
+        worst=math.nan if any(map(math.isnan, scores)) else min(scores),
         trainable_parameters=first["trainable_parameters"],
         final_parameters=statistics.mean(run["final_parameters"] for run in runs),
+        deployed_parameters=statistics.mean(deployed) if deployed else None,
         total_rank=statistics.mean(map(sum, ranks)) if ranks[0] else None,
         ranks=tuple(statistics.mean(layer) for layer in zip(*ranks, strict=True)),
         seconds=statistics.mean(run["seconds"] for run in runs),
         memory_mib=statistics.mean(memory) if memory else None,
         learning_rate=first["learning_rate"],
+        selection_scores=selection,
         pairs=len(differences),
         difference=statistics.mean(differences) if differences else None,
         low=low,
@@ -154,19 +203,51 @@ def _row(runs: list[Record], reference: dict[int, float]) -> Row:
     )
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    difference = "" if row["difference"] is None else f"{row['difference']:+.1f}"
-    if row["low"] is not None:
-        difference += f" ({row['low']:+.1f} to {row['high']:+.1f})"
+def _mean(scores: Sequence[float | None]) -> float:
+    """Return a mean score in percent; NaN if a run failed."""
+    return 100 * statistics.fmean(math.nan if score is None else score for score in scores)
+
+
+def _choice(protocol: Record) -> str:
+    """Return what decided on the learning rates as a phrase."""
+    rates = protocol["learning_rates"]
+    if len(rates) == 1:
+        return f"shared learning rate {rates[0]:g}"
+    listed = ", ".join(f"{rate:g}" for rate in rates)
+    if protocol["version"] == 1:
+        return f"learning rate of each method searched over {listed}"
+    return f"learning rate of each method chosen among {listed} and beyond"
+
+
+def _rate_table(rows: Sequence[Row]) -> str:
+    rates = sorted({rate for row in rows for rate in row.selection_scores})
+    table = []
+    for row in rows:
+        scores = row.selection_scores
+        cells = [f"{scores[rate]:.1f}" if rate in scores else "" for rate in rates]
+        if row.learning_rate in rates:
+            position = rates.index(row.learning_rate)
+            cells[position] = f"**{cells[position]}**"
+        low, high = plateau(scores) if scores else (math.nan, math.nan)
+        table.append([row.method, *cells, f"{low:g} to {high:g}" if scores else ""])
+    return markdown_table(["method", *(f"{rate:g}" for rate in rates), "plateau"], table, left=[0])
+
+
+def _cells(row: Row, baseline: str) -> list[str]:
+    difference = "" if row.difference is None else f"{row.difference:+.1f}"
+    if row.low is not None:
+        difference += f" ({row.low:+.1f} to {row.high:+.1f})"
+    deployed = row.final_parameters if row.deployed_parameters is None else row.deployed_parameters
     return [
-        row["method"],
-        f"{row['score']:.1f}" + ("" if row["spread"] is None else f" +- {row['spread']:.1f}"),
-        "" if row["method"] == REFERENCE else difference,
-        str(row["seeds"]),
-        f"{row['trainable_parameters']:,}",
-        f"{row['final_parameters']:,.0f}",
-        "" if row["total_rank"] is None else f"{row['total_rank']:.1f}",
-        f"{row['seconds']:.1f}",
-        "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}",
-        f"{row['learning_rate']:g}",
+        row.method,
+        f"{deployed:,.0f}",
+        f"{row.score:.1f}" + ("" if row.spread is None else f" +- {row.spread:.1f}"),
+        f"{row.worst:.1f}",
+        "" if row.method == baseline else difference,
+        str(row.seeds),
+        f"{row.trainable_parameters:,}",
+        "" if row.total_rank is None else f"{row.total_rank:.1f}",
+        f"{row.seconds:.1f}",
+        "" if row.memory_mib is None else f"{row.memory_mib:.0f}",
+        f"{row.learning_rate:g}",
     ]

@@ -1,13 +1,18 @@
-"""The tasks on which methods are compared: a pretrained backbone with a new head, data, and a score."""
+"""The tasks on which methods are compared: a pretrained backbone with a new head, data, and a score.
+
+A fifth of the training rows is held out to choose learning rates. These rows are the same for all runs, and no run is
+trained on them.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -20,7 +25,12 @@ from lalora_lightning.modules.sequence_classification import SequenceClassificat
 from lalora_lightning.modules.task import TaskModule
 from recipes import digits
 
-__all__ = ["CIFAR10_BACKBONE", "GLUE_METRICS", "TASKS", "ComparisonTask", "TaskSettings", "build_task"]
+__all__ = ["CIFAR10_BACKBONE", "GLUE_METRICS", "TASKS", "ComparisonTask", "Scored", "TaskSettings", "build_task"]
+
+Scored = Literal["selection", "test"]
+"""The rows on which a run is scored: those to choose a learning rate with, or the test rows."""
+
+_SELECTION_SHARE = 0.2
 
 CIFAR10_BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 4, "mlp_ratio": 2}
 GLUE_METRICS = {"mrpc": "accuracy", "cola": "matthews", "stsb": "pearson", "sst2": "accuracy"}
@@ -61,12 +71,12 @@ class ComparisonTask:
         name: The name of the task in ``--tasks``.
         settings: Everything that the scores depend on, except method, seed and learning rate.
         metric: Name of the test metric that is the score, such as ``test/accuracy``; in [-1, 1], higher is better.
-        learning_rate: Default peak learning rate.
+        learning_rate: Middle of the default grid of peak learning rates.
         steps: Length of a run in optimizer steps; -1 if it is given in epochs.
         epochs: Length of a run in epochs; None if it is given in steps.
         new_module: A function from a learning rate to the backbone with a randomly initialized head.
-        loaders: A function from a seed to the arguments of ``Trainer.fit`` and ``Trainer.test`` that hold the data. The
-            same seed results in the same order of the rows.
+        loaders: A function from a seed and the rows that are scored to the arguments of ``Trainer.fit`` and
+            ``Trainer.test`` that hold the data. The same seed results in the same order of the training rows.
     """
 
     name: str
@@ -76,7 +86,7 @@ class ComparisonTask:
     steps: int
     epochs: int | None
     new_module: Callable[[float], TaskModule]
-    loaders: Callable[[int], tuple[dict[str, Any], dict[str, Any]]]
+    loaders: Callable[[int, Scored], tuple[dict[str, Any], dict[str, Any]]]
 
 
 def build_task(name: str, settings: TaskSettings) -> ComparisonTask:
@@ -93,34 +103,35 @@ def build_task(name: str, settings: TaskSettings) -> ComparisonTask:
 
 def _digits(settings: TaskSettings) -> ComparisonTask:
     """All ten digits rotated by 90 degrees; the backbone is pretrained on the upright digits 0 to 4."""
-    train, test = digits.rotated_digits()
+    rows, test = digits.rotated_digits()
     backbone = _cached(settings.cache / "digits.pt", digits.pretrained_backbone)
-    return _images("digits", settings, train, test, digits.new_model, backbone)
+    train, selection = _without_selection(*rows.tensors)
+    scored: dict[Scored, TensorDataset] = {"selection": selection, "test": test}
+    return _images("digits", settings, train, scored, digits.new_model, backbone)
 
 
 def _cifar10(settings: TaskSettings) -> ComparisonTask:
     """Classes 5 to 9 of CIFAR-10; the backbone is a small vision transformer pretrained on classes 0 to 4."""
     images, labels = _cifar10_images(settings.cifar10_path, "train")
     test_images, test_labels = _cifar10_images(settings.cifar10_path, "test")
-    # The training images include the mirror image of each image.
-    images, labels = torch.cat([images, images.flip(3)]), torch.cat([labels, labels])
     known, test_new = labels < 5, test_labels >= 5
 
     def pretrained() -> dict[str, Tensor]:
         pl.seed_everything(0, verbose=False)
-        return digits.pretrain(_new_vit(1e-3), TensorDataset(images[known], labels[known]), steps=3000)
+        return digits.pretrain(_new_vit(1e-3), _with_mirror_images(images[known], labels[known]), steps=3000)
 
-    train = TensorDataset(images[~known], labels[~known] - 5)
+    train, selection = _without_selection(images[~known], labels[~known] - 5)
     test = TensorDataset(test_images[test_new], test_labels[test_new] - 5)
-    backbone = _cached(settings.cache / f"cifar10-{len(labels)}.pt", pretrained)
-    return _images("cifar10", settings, train, test, _new_vit, backbone)
+    backbone = _cached(settings.cache / f"cifar10-{2 * len(labels)}.pt", pretrained)
+    scored: dict[Scored, TensorDataset] = {"selection": selection, "test": test}
+    return _images("cifar10", settings, _with_mirror_images(*train.tensors), scored, _new_vit, backbone)
 
 
 def _images(
     name: str,
     settings: TaskSettings,
     train: TensorDataset,
-    test: TensorDataset,
+    scored: Mapping[Scored, TensorDataset],
     new_model: Callable[[float], ImageClassificationModule],
     backbone: dict[str, Tensor],
 ) -> ComparisonTask:
@@ -131,10 +142,10 @@ def _images(
         module.load_state_dict(backbone, strict=False)
         return module
 
-    def loaders(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def loaders(seed: int, rows: Scored) -> tuple[dict[str, Any], dict[str, Any]]:
         order = torch.Generator().manual_seed(seed)
         training = DataLoader(train, batch_size, shuffle=True, drop_last=True, generator=order)
-        return {"train_dataloaders": training}, {"dataloaders": DataLoader(test, 500)}
+        return {"train_dataloaders": training}, {"dataloaders": DataLoader(scored[rows], 500)}
 
     return ComparisonTask(
         name,
@@ -142,7 +153,8 @@ def _images(
             "steps": settings.steps,
             "batch_size": batch_size,
             "train_rows": len(train),
-            "test_rows": len(test),
+            "selection_rows": len(scored["selection"]),
+            "test_rows": len(scored["test"]),
         },
         metric="test/accuracy",
         learning_rate=5e-3,
@@ -166,6 +178,13 @@ def _glue(settings: TaskSettings, task: str) -> ComparisonTask:
         max_train_rows=settings.max_train_rows,
     )
     data.setup("fit")
+    parts = data.splits["train"].train_test_split(_SELECTION_SHARE, seed=0)
+    data.splits = {**data.splits, "train": parts["train"], "selection": parts["test"]}
+
+    def loaders(seed: int, rows: Scored) -> tuple[dict[str, Any], dict[str, Any]]:
+        # The seed of the process determines the order of the rows.
+        return {"datamodule": data}, {"dataloaders": data.loader("validation" if rows == "test" else rows)}
+
     return ComparisonTask(
         f"glue/{task}",
         settings={
@@ -175,6 +194,7 @@ def _glue(settings: TaskSettings, task: str) -> ComparisonTask:
             "batch_size": batch_size,
             "max_length": settings.max_length,
             "train_rows": len(data.splits["train"]),
+            "selection_rows": len(data.splits["selection"]),
             "test_rows": len(data.splits["validation"]),
         },
         metric=f"test/{GLUE_METRICS[task]}",
@@ -182,9 +202,19 @@ def _glue(settings: TaskSettings, task: str) -> ComparisonTask:
         steps=-1,
         epochs=settings.epochs,
         new_module=lambda learning_rate: SequenceClassificationModule(settings.model, data.num_labels, learning_rate),
-        # The seed of the process determines the order of the rows.
-        loaders=lambda seed: ({"datamodule": data}, {"datamodule": data}),
+        loaders=loaders,
     )
+
+
+def _without_selection(images: Tensor, labels: Tensor) -> tuple[TensorDataset, TensorDataset]:
+    """Return the rows to train on, and those to choose a learning rate with."""
+    rows = range(len(labels))
+    train, selection = train_test_split(rows, test_size=_SELECTION_SHARE, stratify=labels, random_state=0)
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[selection], labels[selection])
+
+
+def _with_mirror_images(images: Tensor, labels: Tensor) -> TensorDataset:
+    return TensorDataset(torch.cat([images, images.flip(3)]), torch.cat([labels, labels]))
 
 
 def _new_vit(learning_rate: float) -> ImageClassificationModule:

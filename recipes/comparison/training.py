@@ -9,13 +9,15 @@ import lightning.pytorch as pl
 import torch
 
 import lalora_lightning
+from lalora_lightning.adapters import find_head
 from lalora_lightning.memory import peak_memory_mib, reset_peak_memory, resident_mib
 from recipes.benchmarks.common import machine
-from recipes.comparison.ranks import layer_ranks, trimmed_parameters
-from recipes.comparison.records import Record, label
+from recipes.comparison.ranks import layer_ranks, projection_ranks, trimmed_parameters
+from recipes.comparison.records import Record, run_title
 from recipes.comparison.tasks import ComparisonTask
 from recipes.digits import NamedProgressBar
 from recipes.methods import METHODS
+from recipes.methods.projections import find_projections
 
 __all__ = ["VERSIONS", "Costs", "train"]
 
@@ -58,13 +60,13 @@ class Costs(pl.Callback):
         self.seconds = time.perf_counter() - self._started
 
 
-def train(task: ComparisonTask, plan: Record, title: str) -> Record:
-    """Train and test a method once.
+def train(task: ComparisonTask, plan: Record, progress_bar: bool = False) -> Record:
+    """Train a method once and score it, on the rows for selection if the run is one that chooses a learning rate.
 
     Args:
         task: The task.
         plan: The method, its settings, the seed, the learning rate and the precision.
-        title: Text in front of the name of the run in the progress bar.
+        progress_bar: Whether to show a progress bar.
 
     Returns:
         The measured part of the record.
@@ -75,36 +77,42 @@ def train(task: ComparisonTask, plan: Record, title: str) -> Record:
     """
     pl.seed_everything(plan["seed"], verbose=False)
     module = task.new_module(plan["learning_rate"])
+    head = find_head(module, find_projections(module).names)
+    head_size = sum(p.numel() for name, p in module.named_parameters() if name in head)
     callbacks = METHODS[plan["method"]].adapt(module, **plan["settings"])
     costs = Costs()
-    bar = NamedProgressBar(f"{title} {task.name}, {label(plan)}, seed {plan['seed']}")
+    bar = [NamedProgressBar(run_title(plan))] if progress_bar else []
     trainer = pl.Trainer(
         max_steps=task.steps,
         max_epochs=task.epochs,
         accelerator="auto",
         devices=1,
         precision=plan["precision"],
-        callbacks=[*callbacks, costs, bar],
+        callbacks=[*callbacks, costs, *bar],
         logger=False,
+        enable_progress_bar=progress_bar,
         # Nothing depends on validation, which can take longer than training on a CPU.
         limit_val_batches=0,
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    fit_data, test_data = task.loaders(plan["seed"])
+    fit_data, test_data = task.loaders(plan["seed"], "test" if plan["searched"] is None else "selection")
     gc.collect()
     trainer.fit(module, **fit_data)
     if trainer.global_step == 0:
         raise ValueError("Expected at least one batch of training rows but there is none; lower --batch_size.")
     (scores,) = trainer.test(module, **test_data, verbose=False)
     ranks = layer_ranks(module)
+    final = trimmed_parameters(module)
     return {
         "metric": task.metric,
         "score": scores[task.metric],
         "scores": dict(scores),
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
-        "final_parameters": trimmed_parameters(module),
+        "final_parameters": final,
+        "deployed_parameters": final - head_size,
         "ranks": ranks,
+        "projection_ranks": projection_ranks(module),
         "total_rank": sum(ranks.values()) if ranks else None,
         "seconds": costs.seconds,
         "memory_mib": costs.memory_mib,

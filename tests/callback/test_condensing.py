@@ -70,7 +70,7 @@ def best_ranks(increments: list[list[Tensor]], average_rank: float, min_rank: in
         {},
         {"group_by": "block"},
         {"group_by": "kind"},
-        {"group_by": lambda name: name.rpartition(".")[2]},
+        pytest.param({"group_by": lambda name: name.rpartition(".")[2]}, id="group_by a function"),
         {"freeze_after": 5},
         {"freeze_after": 0.9},
         {"interval": 4},

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from recipes import compare, comparison
-from recipes.comparison import markdown, read_records, summarize
+from recipes.comparison import markdown, read_records, run_key, selection, summarize
+from recipes.comparison.selection import SELECTION_SEEDS, ProtocolError, new_protocol, require_same_protocol
 from recipes.comparison.tasks import TaskSettings
+from tests.recipes.comparison.test_records import RESULTS
 from tests.recipes.comparison.test_summary import record
 
 
 def run(settings: TaskSettings, output: Path, **arguments: Any) -> list[dict[str, Any]]:
-    usual = {"tasks": ["digits"], "methods": ["lora", "lalora:gamma=4"], "seeds": [0, 1], "learning_rates": []}
+    usual = {"tasks": ["digits"], "methods": ["lora", "lalora:gamma=4"], "seeds": [0, 1], "learning_rates": [5e-3]}
     compare.compare(**{**usual, **arguments}, task_settings=settings, output=output)
     return read_records(output)
 
@@ -27,9 +29,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, float]]:
     calls = []
     train = compare.train
 
-    def spy(task: Any, plan: dict[str, Any], title: str) -> dict[str, Any]:
+    def spy(task: Any, plan: dict[str, Any], progress_bar: bool) -> dict[str, Any]:
         calls.append((comparison.label(plan), plan["seed"], plan["learning_rate"]))
-        return train(task, plan, title)
+        return train(task, plan, progress_bar)
 
     monkeypatch.setattr(compare, "train", spy)
     return calls
@@ -50,6 +52,7 @@ def test_runs_are_kept_and_not_done_again(settings: TaskSettings, tmp_path: Path
     assert list(first["ranks"]) == [f"model.blocks.{i}" for i in range(6)]
     assert first["total_rank"] == sum(first["ranks"].values()) < 48
     assert first["final_parameters"] == 2 * 96 * first["total_rank"] + 490
+    assert first["deployed_parameters"] == 2 * 96 * first["total_rank"]
     assert records[0]["total_rank"] == 48
     assert first["memory_mib"] > 100
     assert torch.__version__.startswith(first["versions"]["torch"])
@@ -70,23 +73,97 @@ def test_runs_are_kept_and_not_done_again(settings: TaskSettings, tmp_path: Path
     assert len(output.with_suffix(".csv").read_text().splitlines()) == 3
 
 
-def test_a_learning_rate_is_searched_with_a_seed_held_out(
-    settings: TaskSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    scores = {0.1: float("nan"), 0.2: 0.3, 0.3: 0.2}
+@pytest.fixture
+def scores(monkeypatch: pytest.MonkeyPatch) -> dict[float, float | Exception]:
+    """What training at a learning rate results in: by default a score of 0.5."""
+    by_rate: dict[float, float | Exception] = {}
 
-    def train(task: Any, plan: dict[str, Any], title: str) -> dict[str, Any]:
-        return {"score": scores[plan["learning_rate"]], **made_of(plan)}
-
-    def made_of(plan: dict[str, Any]) -> dict[str, Any]:
-        return record("digits", plan["method"], plan["seed"], 0.0, only_measured=True)
+    def train(task: Any, plan: dict[str, Any], progress_bar: bool) -> dict[str, Any]:
+        score = by_rate.get(plan["learning_rate"], 0.5)
+        if isinstance(score, Exception):
+            raise score
+        return record("digits", plan["method"], plan["seed"], 0.0, only_measured=True) | {"score": score}
 
     monkeypatch.setattr(compare, "train", train)
-    records = run(settings, tmp_path / "a.jsonl", learning_rates=[0.1, 0.2, 0.3], methods=["lora"], seeds=[5, 6])
-    assert [(r["searched"], r["seed"]) for r in records[:3]] == [(rate, 1_000_000) for rate in (0.1, 0.2, 0.3)]
-    assert [(r["searched"], r["seed"], r["learning_rate"]) for r in records[3:]] == [(None, 5, 0.2), (None, 6, 0.2)]
+    return by_rate
+
+
+def test_a_learning_rate_is_chosen_with_two_seeds_on_held_out_rows(
+    settings: TaskSettings, tmp_path: Path, scores: dict[float, float | Exception]
+):
+    scores |= {0.01: float("nan"), 0.02: 0.3, 0.03: 0.2}
+    records = run(settings, tmp_path / "a.jsonl", learning_rates=[0.03, 0.01, 0.02], methods=["lora"], seeds=[5, 6])
+    chosen_by = [(rate, seed) for rate in (0.01, 0.02, 0.03) for seed in SELECTION_SEEDS]
+    assert [(r["searched"], r["seed"]) for r in records[:6]] == chosen_by
+    assert [(r["searched"], r["seed"], r["learning_rate"]) for r in records[6:]] == [(None, 5, 0.02), (None, 6, 0.02)]
+    # The records say what chose the rate.
+    assert records[6]["protocol"] == {
+        "version": 2,
+        "learning_rates": [0.01, 0.02, 0.03],
+        "selection_rows": "training rows that are held out",
+        "selection_seeds": [1_000_000, 1_000_001],
+    }
+    assert str(records[6]["selection_scores"]) == "{'0.01': [nan, nan], '0.02': [0.3, 0.3], '0.03': [0.2, 0.2]}"
+    # scikit-learn's digits: 1198 rows to train on, of which a fifth chooses the rate, and 599 to test on.
+    sizes = {"steps": 3, "batch_size": 16, "train_rows": 958, "selection_rows": 240, "test_rows": 599}
+    assert records[6]["task_settings"] == sizes
     (row,) = summarize(records)
-    assert (row.seeds, row.learning_rate, row.learning_rates) == (2, 0.2, "[0.1, 0.2, 0.3]")
+    assert (row.seeds, row.learning_rate) == (2, 0.02)
+    assert row.selection_scores == pytest.approx({0.01: float("nan"), 0.02: 30, 0.03: 20}, nan_ok=True)
+
+
+def test_a_grid_is_extended_while_the_best_rate_is_at_its_edge(
+    settings: TaskSettings, tmp_path: Path, scores: dict[float, float | Exception]
+):
+    scores |= {0.01: 0.1, 0.02: 0.2, 0.04: 0.3, 0.08: 0.25}
+    records = run(settings, tmp_path / "a.jsonl", learning_rates=[0.01, 0.02], methods=["lora"], seeds=[0])
+    assert [r["searched"] for r in records[::2]] == [0.01, 0.02, 0.04, 0.08, None]
+    assert records[-1]["learning_rate"] == 0.04
+    # The grid that was asked for identifies the protocol: it has the same runs the next time.
+    assert run(settings, tmp_path / "a.jsonl", learning_rates=[0.01, 0.02], methods=["lora"], seeds=[0]) == records
+
+
+def test_a_rate_at_which_training_fails_is_the_worst(
+    settings: TaskSettings, tmp_path: Path, scores: dict[float, float | Exception], capsys: pytest.CaptureFixture[str]
+):
+    scores |= {0.01: 0.1, 0.02: 0.2, 0.04: ValueError("diverged")}
+    arguments = {"tasks": ["digits"], "methods": ["lora"], "seeds": [0], "learning_rates": [0.01, 0.02]}
+    output = tmp_path / "a.jsonl"
+    assert compare.compare(**arguments, task_settings=settings, output=output) == 0
+    records = read_records(output)
+    assert records[-1]["learning_rate"] == 0.02
+    assert records[-1]["selection_scores"]["0.04"] == [None, None]
+    assert "digits, lora, learning rate 0.04, seed 1000000: diverged" in capsys.readouterr().err
+
+
+def test_runs_of_another_protocol_are_not_added(
+    settings: TaskSettings, tmp_path: Path, scores: dict[float, float | Exception]
+):
+    scores |= {0.02: 0.6}
+    output = tmp_path / "a.jsonl"
+    grid = [0.01, 0.02, 0.04]
+    recorded = run(settings, output, methods=["lora"], seeds=[0], learning_rates=grid)
+    for rates in ([0.01], [0.01, 0.02]):
+        with pytest.raises(ProtocolError, match=r"rates 0.01.* runs of digits follow another one, .*0.01, 0.02, 0.04"):
+            run(settings, output, methods=["lora"], seeds=[1], learning_rates=rates)
+    assert read_records(output) == recorded
+    old = tmp_path / "digits.jsonl"
+    old.write_bytes((RESULTS / "digits.jsonl").read_bytes())
+    with pytest.raises(ProtocolError, match=r"version 2 .*version 1 "):
+        run(settings, old, seeds=[0], learning_rates=grid)
+    # They can still be read.
+    assert len(run(settings, old, report_only=True)) == 299
+    # Another task may have another grid.
+    other = [{**r, "task": "cifar10"} for r in recorded]
+    require_same_protocol(other, "digits", new_protocol([0.1, 0.2]))
+
+
+def test_several_runs_at_a_time_are_the_same_runs(settings: TaskSettings, tmp_path: Path):
+    arguments = {"methods": ["head"], "seeds": [0, 1], "learning_rates": [0.01, 0.02]}
+    several, one = (run(settings, tmp_path / f"{jobs}.jsonl", jobs=jobs, **arguments) for jobs in (2, 1))
+    score = {run_key(r): (r["score"], r["learning_rate"]) for r in one}
+    assert {run_key(r): (r["score"], r["learning_rate"]) for r in several} == score
+    assert {r["device"].split(", ")[1] for r in several} == {"1 threads"}
 
 
 def test_a_method_that_does_not_apply_is_reported_once_and_skipped(
@@ -116,20 +193,12 @@ def test_a_setting_that_a_method_has_got_since_orphans_no_run(settings: TaskSett
     assert trained == []
 
 
-def test_a_rate_that_was_searched_is_not_searched_again(settings: TaskSettings, tmp_path: Path, trained: list):
-    output = tmp_path / "a.jsonl"
-    run(settings, output, methods=["head"], seeds=[0], learning_rates=[1e-3, 1e-2])
-    trained.clear()
-    run(settings, output, methods=["head"], seeds=[0], learning_rates=[1e-1, 1e-2, 1e-3])
-    assert [(seed, rate) for _, seed, rate in trained[:-1]] == [(1_000_000, 1e-1)]
-
-
 def test_settings_that_do_not_fit_are_reported_and_the_others_go_on(
     settings: TaskSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     records = run(settings, tmp_path / "a.jsonl", methods=["lora:rank=64", "head"], seeds=[0])
     assert [r["method"] for r in records] == ["head"]
-    assert "digits, lora:rank=64, seed 0, learning rate 0.005: Cannot adapt model.blocks.0" in capsys.readouterr().err
+    assert "digits, lora:rank=64, learning rate 0.005, seed 0: Cannot adapt model.blocks.0" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -137,7 +206,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, float]]:
     """Label, seed and learning rate of all runs; those of LoRA fail with an odd seed and at learning rate 0.2."""
     calls = []
 
-    def train(task: Any, plan: dict[str, Any], title: str) -> dict[str, Any]:
+    def train(task: Any, plan: dict[str, Any], progress_bar: bool) -> dict[str, Any]:
         calls.append((comparison.label(plan), plan["seed"], plan["learning_rate"]))
         if plan["method"] == "lora" and (plan["seed"] % 2 or plan["learning_rate"] == 0.2):
             raise ValueError("no luck")
@@ -155,7 +224,7 @@ def test_every_run_that_fails_is_reported_and_the_others_go_on(
     assert failed == 2
     assert len(failing) == 8
     lines = [line for line in capsys.readouterr().err.splitlines() if "no luck" in line]
-    assert lines == [f"digits, lora, seed {seed}, learning rate 0.1: no luck" for seed in (1, 3)]
+    assert lines == [f"digits, lora, learning rate 0.1, seed {seed}: no luck" for seed in (1, 3)]
     assert [(row.method, row.seeds) for row in summarize(read_records(output))] == [("lora", 2), ("head", 4)]
     assert "| lora |" in output.with_suffix(".md").read_text()
     # They are tried again, and only they.
@@ -164,17 +233,21 @@ def test_every_run_that_fails_is_reported_and_the_others_go_on(
     assert failing == [("lora", 1, 0.1), ("lora", 3, 0.1)]
 
 
-def test_a_search_that_fails_leaves_a_method_out(
-    settings: TaskSettings, tmp_path: Path, failing: list, capsys: pytest.CaptureFixture[str]
+def test_a_method_without_a_rate_is_left_out(
+    settings: TaskSettings,
+    tmp_path: Path,
+    failing: list,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    output = tmp_path / "a.jsonl"
-    assert compare.compare(["digits"], ["lora", "head"], [0, 2], [0.1, 0.2], settings, output) == 1
-    search = compare.SEARCH_SEED
-    assert failing[:2] == [("lora", search, 0.1), ("lora", search, 0.2)]
-    assert [name for name, *_ in failing[2:]] == ["head"] * 4
+    monkeypatch.setattr(selection, "SELECTION_SEEDS", (1, 3))
+    rates = [0.05, 0.1]
+    assert compare.compare(["digits"], ["lora", "head"], [0, 2], rates, settings, tmp_path / "a.jsonl") == 1
+    assert failing[:4] == [("lora", seed, rate) for rate in rates for seed in (1, 3)]
+    assert {name for name, *_ in failing[4:]} == {"head"}
     errors = capsys.readouterr().err
-    assert f"digits, lora, seed {search}, learning rate 0.2: no luck" in errors
-    assert errors.count("digits, lora: skipped, because the search of its learning rate failed.") == 1
+    assert errors.count("no luck") == 4
+    assert errors.count("digits, lora: skipped, because it has no score at any learning rate.") == 1
 
 
 @pytest.mark.parametrize(("seeds", "status"), [(["0", "2"], 0), (["0", "1"], 1)])
@@ -188,7 +261,7 @@ def test_the_exit_status_tells_of_failures(
 ):
     task = SimpleNamespace(name="digits", settings={}, learning_rate=0.1)
     monkeypatch.setattr(compare, "build_task", lambda name, settings: task)
-    arguments = ["--methods", "lora", "--seeds", *seeds, "--output", f"{tmp_path}/a.jsonl"]
+    arguments = ["--methods", "lora", "--seeds", *seeds, "--learning_rates", "0.1", "--output", f"{tmp_path}/a.jsonl"]
     monkeypatch.setattr("sys.argv", ["compare", *arguments])
     if status:
         with pytest.raises(SystemExit, match=r"^error: 1 run failed"):

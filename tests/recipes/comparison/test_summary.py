@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lalora_lightning.intervals import bootstrap_interval
-from recipes.comparison import figures, markdown, summarize, write_csv
+from recipes.comparison import append_record, figures, markdown, read_records, summarize, write_csv
 
 
 def record(
@@ -20,6 +20,7 @@ def record(
         "score": score,
         "trainable_parameters": 1000,
         "final_parameters": 900 + seed,
+        "deployed_parameters": 800 + seed,
         "ranks": {f"layer.{i}": rank for i, rank in enumerate(ranks)},
         "seconds": 2.0 + seed,
         "memory_mib": 100.0,
@@ -30,7 +31,7 @@ def record(
         "method": method,
         "settings": {},
         "seed": seed,
-        "learning_rates": [0.005],
+        "protocol": {"version": 2, "learning_rates": [0.005], "selection_rows": None, "selection_seeds": []},
         "learning_rate": 0.005,
         "searched": None,
         "precision": "32-true",
@@ -52,7 +53,7 @@ RECORDS = [
 def test_table():
     lora, lalora, head, alone = summarize(RECORDS)
     # By hand: 52 and 60 have mean 56 and deviation sqrt(2 * 4^2) = 5.66; they are 2 and 0 above LoRA's 50 and 60.
-    assert (lalora.score, lalora.spread) == pytest.approx((56, 32**0.5))
+    assert (lalora.score, lalora.spread, lalora.worst) == pytest.approx((56, 32**0.5, 52))
     assert (lalora.pairs, lalora.difference) == (2, pytest.approx(1))
     assert (lalora.low, lalora.high) == pytest.approx((0, 2))
     assert (lalora.total_rank, lalora.ranks, lalora.final_parameters) == (9.5, (3.5, 6), 900.5)
@@ -64,12 +65,53 @@ def test_table():
     table = markdown([lora, lalora, head, alone]).splitlines()
     assert table[:3] == ["## digits", "", "steps 3; shared learning rate 0.005; precision 32-true"]
     assert table[6:9] == [
-        "| lora | 55.0 +- 7.1 |  | 2 | 1,000 | 900 | 16.0 | 2.5 | 100 | 0.005 |",
-        "| lalora | 56.0 +- 5.7 | +1.0 (+0.0 to +2.0) | 2 | 1,000 | 900 | 9.5 | 2.5 | 100 | 0.005 |",
-        "| head | 40.0 | -20.0 | 1 | 1,000 | 901 |  | 3.0 | 100 | 0.005 |",
+        "| lora | 800 | 55.0 +- 7.1 | 50.0 |  | 2 | 1,000 | 16.0 | 2.5 | 100 | 0.005 |",
+        "| lalora | 800 | 56.0 +- 5.7 | 52.0 | +1.0 (+0.0 to +2.0) | 2 | 1,000 | 9.5 | 2.5 | 100 | 0.005 |",
+        "| head | 801 | 40.0 | 40.0 | -20.0 | 1 | 1,000 |  | 3.0 | 100 | 0.005 |",
     ]
     assert table[10] == "## cifar10"
-    assert table[16] == "| head | 30.0 |  | 1 | 1,000 | 900 |  | 2.0 | 100 | 0.005 |"
+    assert table[16] == "| head | 800 | 30.0 | 30.0 |  | 1 | 1,000 |  | 2.0 | 100 | 0.005 |"
+
+
+def test_another_baseline():
+    lora, lalora, *_ = summarize(RECORDS, baseline="lalora")
+    assert (lora.difference, lalora.difference) == (pytest.approx(-1), 0)
+    table = markdown([lora, lalora], baseline="lalora").splitlines()
+    assert "difference to lalora (95% interval)" in table[4]
+    assert (
+        table[6] == "| lora | 800 | 55.0 +- 7.1 | 50.0 | -1.0 (-2.0 to +0.0) | 2 | 1,000 | 16.0 | 2.5 | 100 | 0.005 |"
+    )
+
+
+def test_scores_by_learning_rate():
+    protocol = {"version": 2, "learning_rates": [0.005, 0.01], "selection_rows": "held out", "selection_seeds": [8, 9]}
+    chosen = {"protocol": protocol, "selection_scores": {"0.005": [0.5, 0.6], "0.01": [0.2, 0.4]}}
+    failed = {"protocol": protocol, "selection_scores": {"0.005": [0.5, 0.7], "0.01": [0.7, 0.49], "0.02": [None, 0.8]}}
+    rows = summarize([{**RECORDS[0], **chosen}, {**RECORDS[1], **failed}])
+    assert rows[0].selection_scores == pytest.approx({0.005: 55, 0.01: 30})
+    table = markdown(rows).splitlines()
+    assert table[2].split("; ")[1] == "learning rate of each method chosen among 0.005, 0.01 and beyond"
+    assert table[9:] == [
+        "Mean accuracy on the held-out training rows (2 seeds) by learning rate; the plateau is the range within 2 "
+        "points of the best",
+        "",
+        "| method | 0.005 | 0.01 | 0.02 | plateau |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| lora | **55.0** | 30.0 |  | 0.005 to 0.005 |",
+        "| lalora | **60.0** | 59.5 | nan | 0.005 to 0.01 |",
+    ]
+
+
+def test_runs_of_the_first_protocol(tmp_path: Path):
+    """Which did not record deployed parameters, and chose rates on the test rows."""
+    new = {"protocol", "deployed_parameters"}
+    old = [{k: v for k, v in r.items() if k not in new} | {"learning_rates": [0.003, 0.005]} for r in RECORDS[:2]]
+    for r in old:
+        append_record(tmp_path / "a.jsonl", r)
+    table = markdown(summarize(read_records(tmp_path / "a.jsonl"))).splitlines()
+    assert table[2] == "steps 3; learning rate of each method searched over 0.003, 0.005; precision 32-true"
+    assert table[4].startswith("| method | final parameters | accuracy |")
+    assert table[6] == "| lora | 900 | 50.0 | 50.0 |  | 1 | 1,000 | 16.0 | 2.0 | 100 | 0.005 |"
 
 
 def test_csv(tmp_path: Path):
@@ -114,7 +156,7 @@ def test_a_figure_of_each_comparison():
 def test_a_score_that_is_no_number_stops_no_table(tmp_path: Path):
     """As Pearson's of predictions that are all the same."""
     rows = summarize([*RECORDS[:3], record("digits", "lalora", 1, math.nan, (4, 7))])
-    assert "| lalora | nan +- nan | +nan (+nan to +nan) | 2 |" in markdown(rows)
+    assert "| lalora | 800 | nan +- nan | nan | +nan (+nan to +nan) | 2 |" in markdown(rows)
     figures(rows)["digits"].savefig(tmp_path / "a.png")
 
 

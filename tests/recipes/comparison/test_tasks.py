@@ -18,8 +18,23 @@ from tests.recipes.comparison.test_compare import run
 
 def test_one_seed_gives_one_order(settings: TaskSettings):
     task = build_task("digits", settings)
-    orders = [[y.tolist() for _, y in task.loaders(seed)[0]["train_dataloaders"]] for seed in (3, 3, 4)]
+    orders = [[y.tolist() for _, y in task.loaders(seed, "test")[0]["train_dataloaders"]] for seed in (3, 3, 4)]
     assert orders[0] == orders[1] != orders[2]
+
+
+def test_rows_to_train_on_to_choose_with_and_to_test_are_different_rows(settings: TaskSettings):
+    task = build_task("digits", settings)
+    fit, chosen_on = task.loaders(0, "selection")
+    again, tested_on = task.loaders(1, "test")
+    train, selection, test = (
+        {tuple(image.flatten().tolist()) for image in loader.dataset.tensors[0]}
+        for loader in (fit["train_dataloaders"], chosen_on["dataloaders"], tested_on["dataloaders"])
+    )
+    # No two of the digits are the same.
+    assert (len(train), len(selection), len(test)) == (958, 240, 599)
+    assert len(train | selection | test) == 1797
+    # The same rows for each seed, and whatever is scored.
+    assert fit["train_dataloaders"].dataset.tensors[0].equal(again["train_dataloaders"].dataset.tensors[0])
 
 
 def test_glue(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # noqa: F811
@@ -40,13 +55,15 @@ def test_glue(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch): 
     assert sorted(record["scores"]) == ["test/pearson", "test/spearman"]
     # Where its folder is does not matter, what is in it does.
     assert record["task_settings"]["model"] == f"{tmp_path.name}/tokenizer"
-    assert (record["task_settings"]["train_rows"], record["task_settings"]["test_rows"]) == (6, 9)
+    assert [record["task_settings"][f"{rows}_rows"] for rows in ("train", "selection", "test")] == [4, 2, 9]
     assert record["score"] == record["scores"]["test/pearson"]
 
     # LoRA at rank 2 on query and value of two blocks of width 16, and the head: the pooler and the output.
     assert record["trainable_parameters"] == 2 * 2 * 2 * 32 + (16 * 16 + 16) + (16 + 1)
 
-    data_module = build_task("glue/stsb", settings).loaders(0)[0]["datamodule"]
+    task = build_task("glue/stsb", settings)
+    assert [len(task.loaders(0, rows)[1]["dataloaders"].dataset) for rows in ("selection", "test")] == [2, 9]
+    data_module = task.loaders(0, "test")[0]["datamodule"]
     orders = []
     for seed in (3, 3, 4):
         pl.seed_everything(seed)
@@ -58,8 +75,9 @@ def test_cifar10_adapts_to_the_classes_that_were_not_pretrained_on(tmp_path: Pat
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
     (tmp_path / "data").mkdir()
     features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
-    for split in ("train", "test"):
-        rows = {"img": [Image.new("RGB", (32, 32), (25 * i, 0, 0)) for i in range(10)], "label": list(range(10))}
+    for split, count in (("train", 50), ("test", 10)):
+        images = [Image.new("RGB", (32, 32), (5 * i, 0, 0)) for i in range(count)]
+        rows = {"img": images, "label": [i % 10 for i in range(count)]}
         datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "data" / f"{split}.parquet")
     seen = []
 
@@ -72,11 +90,16 @@ def test_cifar10_adapts_to_the_classes_that_were_not_pretrained_on(tmp_path: Pat
     task = build_task("cifar10", settings)
     build_task("cifar10", settings)
     # Each image and its mirror image, once: the second time the backbone is there.
-    assert seen == [[0, 1, 2, 3, 4] * 2]
-    (images, labels), *_ = task.loaders(0)[1]["dataloaders"]
+    assert seen == [[0, 1, 2, 3, 4] * 10]
+    (images, labels), *_ = task.loaders(0, "test")[1]["dataloaders"]
     assert labels.tolist() == [0, 1, 2, 3, 4]
-    assert images[:, 0, 0, 0].tolist() == pytest.approx([25 * i / 255 for i in range(5, 10)])
-    trained = torch.cat([y for _, y in task.loaders(0)[0]["train_dataloaders"]])
-    assert trained.bincount().tolist() == [2, 2, 2, 2, 2]
+    assert images[:, 0, 0, 0].tolist() == pytest.approx([5 * i / 255 for i in range(5, 10)])
+    fit, chosen_on = task.loaders(0, "selection")
+    trained = fit["train_dataloaders"].dataset.tensors
+    (selection, chosen), *_ = chosen_on["dataloaders"]
+    assert trained[1].bincount().tolist() == [8, 8, 8, 8, 8]
+    assert sorted(chosen.tolist()) == [0, 1, 2, 3, 4]
+    # Neither an image nor its mirror image is on both sides; each image here has its own color.
+    assert not set(trained[0][:, 0, 0, 0].tolist()) & set(selection[:, 0, 0, 0].tolist())
     backbones = [task.new_module(1e-3).model.blocks[0].attn.qkv.weight for _ in range(2)]
     assert torch.equal(*backbones)
