@@ -16,6 +16,7 @@ __all__ = [
     "LOWEST_RATE",
     "SELECTION_SEEDS",
     "ProtocolError",
+    "Scores",
     "best_rate",
     "new_protocol",
     "next_runs",

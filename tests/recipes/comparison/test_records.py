@@ -36,7 +36,11 @@ def test_a_removed_setting_with_its_value_of_today_is_dropped(tmp_path: Path):
     assert [label(r) for r in read_records(path)] == ["lora", "lalora", "dylora", "lora:random_rank=true"]
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.jsonl")), ids=lambda path: path.stem)
+# The planted test has records of its own.
+COMPARED = [path for path in sorted(RESULTS.glob("*.jsonl")) if path.stem != "planted"]
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
 def test_the_published_runs_are_runs_of_todays_methods(path: Path):
     for run in read_records(path):
         method, settings = parse_method(label(run))
