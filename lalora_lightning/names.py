@@ -15,6 +15,7 @@ __all__ = [
     "GroupBy",
     "blocks_by_kind",
     "common_prefix",
+    "endings",
     "group_names",
     "parent_name",
     "short_names",
@@ -75,6 +76,16 @@ def split_common_prefix(names: Sequence[str]) -> tuple[str, list[str]]:
     return ".".join(prefix), [".".join(name.split(".")[len(prefix) :]) or name for name in names]
 
 
+def endings(name: str) -> list[str]:
+    """Return the endings of a dotted name, the shortest first.
+
+    >>> endings("0.attn.q")
+    ['q', 'attn.q', '0.attn.q']
+    """
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+
+
 def short_names(names: Sequence[str]) -> list[str]:
     """Return the shortest endings of dotted names that tell them apart.
 
@@ -84,13 +95,9 @@ def short_names(names: Sequence[str]) -> list[str]:
     ['SelfAttention.q', 'EncDecAttention.q']
     """
 
-    def ending(name: str, parts: int) -> str:
-        return ".".join(name.split(".")[-parts:])
-
     def short(name: str) -> str:
-        others = [other for other in names if other != name]
-        lengths = range(1, name.count(".") + 2)
-        return next((e for n in lengths if (e := ending(name, n)) not in [ending(o, n) for o in others]), name)
+        taken = {ending for other in names if other != name for ending in endings(other)}
+        return next((ending for ending in endings(name) if ending not in taken), name)
 
     return [short(name) for name in names]
 

@@ -39,6 +39,7 @@ __all__ = [
     "pretrain",
     "pretrained_backbone",
     "rotated_digits",
+    "split_digits",
     "summary",
     "upright_digits",
 ]
@@ -132,9 +133,13 @@ def upright_digits() -> tuple[Tensor, Tensor]:
 def rotated_digits() -> tuple[TensorDataset, TensorDataset]:
     """Return all ten digits rotated by 90 degrees: two thirds for training and one third for testing."""
     images, labels = upright_digits()
+    return split_digits(images.rot90(1, (2, 3)), labels)
+
+
+def split_digits(images: Tensor, labels: Tensor) -> tuple[TensorDataset, TensorDataset]:
+    """Return two thirds of the digits for training and one third for testing, always the same."""
     train, test = train_test_split(range(len(labels)), test_size=1 / 3, stratify=labels, random_state=0)
-    rotated = images.rot90(1, (2, 3))
-    return TensorDataset(rotated[train], labels[train]), TensorDataset(rotated[test], labels[test])
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
 
 def new_model(learning_rate: float) -> ImageClassificationModule:

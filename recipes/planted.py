@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import json
 import random
 import statistics
 import time
@@ -23,7 +22,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import lightning.pytorch as pl
 import torch
 from jsonargparse import ArgumentParser
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,9 +31,9 @@ from lalora_lightning.modules.image_classification import ImageClassificationMod
 from lalora_lightning.names import blocks_by_kind, group_names
 from lalora_lightning.plotting import plot_rank_map
 from lalora_lightning.tables import block_table, text_table
-from recipes.comparison.records import append_record
+from recipes.comparison.records import append_record, read_lines
 from recipes.console import mean_and_spread, quiet
-from recipes.digits import new_model, upright_digits
+from recipes.digits import new_model, split_digits, upright_digits
 from recipes.methods.fused_projections import split_fused
 
 if TYPE_CHECKING:
@@ -275,10 +273,7 @@ def ranked_above(run: Outcome) -> float:
 
 def read_outcomes(path: Path) -> list[Outcome]:
     """Read all complete records of a file; an empty list if there is no such file."""
-    if not path.exists():
-        return []
-    records = [json.loads(line) for line in path.read_text().rpartition("\n")[0].splitlines()]
-    return [Outcome(**{**record, "damage": Damage(**record["damage"])}) for record in records]
+    return [Outcome(**{**record, "damage": Damage(**record["damage"])}) for record in read_lines(path)]
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -330,9 +325,7 @@ def _kind(name: str) -> str:
 @functools.cache
 def _digits() -> tuple[TensorDataset, TensorDataset]:
     """Return the upright digits: two thirds for training and one third for testing."""
-    images, labels = upright_digits()
-    train, test = train_test_split(range(len(labels)), test_size=1 / 3, stratify=labels, random_state=0)
-    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
+    return split_digits(*upright_digits())
 
 
 @functools.cache

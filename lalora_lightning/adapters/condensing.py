@@ -133,7 +133,7 @@ def condense_layers(
             scatter_into(layers[name].lora_A, A)
             scatter_into(layers[name].lora_B, B)
             layers[name].set_rank(min(ranks[group], layers[name].max_rank))
-    kept = torch.where(torch.arange(worth.shape[1]) < counts[:, None], worth, 0.0).sum(1)
+    kept = torch.where(torch.arange(worth.shape[1], device="cpu") < counts[:, None], worth, 0.0).sum(1)
     totals = worth.sum(1)
     return Condensation(
         ranks=ranks,
@@ -168,13 +168,16 @@ def condensed_parameters(model: nn.Module, energies: Sequence[float], group_by: 
 
 
 def component_costs(layers: Mapping[str, TruncatedLoRALinear], groups: Mapping[str, Sequence[str]]) -> Tensor:
-    """Return the parameters of one component of each layer, the sum of ``m + d`` over its matrices, as ``(L,)`` int64.
+    """Return the parameters of one component of each layer, the sum of ``m + d`` over its matrices.
 
     Args:
         layers: Projections by name.
         groups: Names of the projections of each layer.
+
+    Returns:
+        ``(L,)`` int64 on the CPU.
     """
-    return torch.tensor([sum(_cost(layers[name]) for name in names) for names in groups.values()])
+    return torch.tensor([sum(_cost(layers[name]) for name in names) for names in groups.values()], device="cpu")
 
 
 def require_no_initial_factors(layers: Mapping[str, TruncatedLoRALinear]) -> None:

@@ -75,7 +75,7 @@ def find_targets(modules: Mapping[str, nn.Module], target_modules: Sequence[str]
             )
         targets = dict.fromkeys(matched)
     trained = _among_what_is_trained(modules, targets)
-    return {name: slices for name, slices in targets.items() if name in trained}
+    return _without_slices_across_heads(modules, {n: slices for n, slices in targets.items() if n in trained})
 
 
 def match_modules(argument: str, modules: Mapping[str, nn.Module], wanted: Sequence[str] | str) -> list[str]:
@@ -144,7 +144,7 @@ def _query_and_value(modules: Mapping[str, nn.Module]) -> Targets:
                 targets[name] = [thirds[0], thirds[2]]
         elif any(child in pair and _has_linear(modules[parent_name(name)], pair) for pair in QUERY_VALUE_NAMES):
             targets[name] = None
-    return _without_slices_across_heads(modules, targets)
+    return targets
 
 
 def _all_linear(modules: Mapping[str, nn.Module]) -> Targets:
@@ -157,7 +157,7 @@ def _all_linear(modules: Mapping[str, nn.Module]) -> Targets:
     targets = {name: _thirds(modules[name]) if _is_fused(modules, name) else None for name in backbone}
     if not targets:
         raise ValueError(f"Expected a backbone with linear layers but found none. {linear_layers_seen(modules)}")
-    return _without_slices_across_heads(modules, targets)
+    return targets
 
 
 def _head_beside(modules: Mapping[str, nn.Module], blocks: Iterable[str], outputs: set[str]) -> list[str]:

@@ -1,8 +1,12 @@
 """Rank allocation, for any training loop."""
 
 from lalora_lightning.allocator.allocator import RankAllocator
-from lalora_lightning.allocator.broadcasts import leave_masks_out_of_broadcasts
-from lalora_lightning.allocator.condensing import broadcast_from_first, require_condensing
+from lalora_lightning.allocator.broadcasts import (
+    broadcast_from_first,
+    broadcast_masks,
+    leave_masks_out_of_broadcasts,
+)
+from lalora_lightning.allocator.condensing import require_condensing
 from lalora_lightning.allocator.optimizer_state import reset_optimizer_state
 from lalora_lightning.allocator.settings import AllocationSettings, Contribution, ContributionScale, Growth
 
@@ -13,6 +17,7 @@ __all__ = [
     "Growth",
     "RankAllocator",
     "broadcast_from_first",
+    "broadcast_masks",
     "leave_masks_out_of_broadcasts",
     "require_condensing",
     "reset_optimizer_state",

@@ -74,7 +74,8 @@ class RankAllocator:
         settings: The arguments as :class:`lalora_lightning.allocator.AllocationSettings`.
         layer_names: Name of each layer, in the order of ``ranks``.
         max_rank: Maximum rank of a layer.
-        costs: ``(L,)`` parameters of one rank of each layer, divided by their mean (difference 12 in docs/method.md).
+        parameters_per_rank: L numbers of parameters of one rank of each layer.
+        costs: ``(L,)`` the same, divided by their mean (difference 12 in docs/method.md).
         ranks: ``(L,)`` int64, the current ranks.
         budget: Scalar in [L, average_rank * L], a number of ranks of mean cost.
         condensed: Whether :meth:`condense` was called.
@@ -144,8 +145,9 @@ class RankAllocator:
         self._layer_of = torch.tensor(layer_of, device=device)
         self._components = torch.arange(self.max_rank, device=device)
         self._masks = torch.empty(len(self._projections), self.max_rank, dtype=torch.float32, device=device)
-        costs = component_costs(layers, groups).double()
-        self.costs = (costs / costs.mean()).to(device, torch.float32)
+        costs = component_costs(layers, groups)
+        self.parameters_per_rank: list[int] = costs.tolist()
+        self.costs = (costs / costs.double().mean()).to(device, torch.float32)
         # Not the default type, which cannot count a large budget if it is bfloat16.
         budget = self.min_budget if gradual_budget else self.max_budget
         self.budget = torch.tensor(budget, dtype=torch.float32, device=device)

@@ -1,11 +1,8 @@
-"""What condensing in a run needs: checked settings, and processes that agree."""
+"""Checks of the settings for condensing in a run."""
 
 import math
 
-import torch
-from torch import Tensor
-
-__all__ = ["broadcast_from_first", "require_condensing"]
+__all__ = ["require_condensing"]
 
 
 def require_condensing(condense_to: float | None, condense_at: int | float, min_rank: int) -> None:
@@ -27,8 +24,3 @@ def require_condensing(condense_to: float | None, condense_at: int | float, min_
             "Expected condense_at to be a number of steps (an integer) or a fraction in (0, 1] (a float) but got "
             f"{condense_at!r}."
         )
-
-
-def broadcast_from_first(tensor: Tensor) -> None:
-    """Replace a tensor with that of the first process. Rounding may differ between kinds of devices."""
-    torch.distributed.broadcast(tensor, 0)

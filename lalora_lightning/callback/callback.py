@@ -16,7 +16,6 @@ from lalora_lightning import log_keys
 from lalora_lightning.adapters import (
     AdapterSettings,
     add_lora,
-    component_costs,
     find_targets,
     linear_layers_seen,
     lora_layers,
@@ -29,7 +28,7 @@ from lalora_lightning.allocator import (
     ContributionScale,
     Growth,
     RankAllocator,
-    broadcast_from_first,
+    broadcast_masks,
     leave_masks_out_of_broadcasts,
 )
 from lalora_lightning.callback import compatibility
@@ -44,7 +43,7 @@ from lalora_lightning.callback.state import random_state, require_callback_state
 from lalora_lightning.initialization import Init
 from lalora_lightning.layers import TruncatedLoRALinear
 from lalora_lightning.memory import reset_peak_memory
-from lalora_lightning.names import GroupBy, blocks_by_kind, group_names
+from lalora_lightning.names import GroupBy, blocks_by_kind
 from lalora_lightning.report.console import rank_report
 from lalora_lightning.runs import Run
 from lalora_lightning.sparsity import layer_sparsity
@@ -309,11 +308,7 @@ class LaLoraCallback(AdapterCheckpoints):
             )
         if self.allocator is not None:
             if trainer.world_size > 1:
-                # DDP leaves the masks out, also when it sends the parameters of the first process at the start.
-                for layer in lora_layers(pl_module).values():
-                    mask = layer.rank_mask.clone()
-                    broadcast_from_first(mask)
-                    layer.rank_mask.copy_(mask)
+                broadcast_masks(lora_layers(pl_module).values())
             # A new Trainer counts its steps from zero.
             if trainer.global_step == 0:
                 self._earlier_steps = self.allocator.steps
@@ -487,11 +482,10 @@ class LaLoraCallback(AdapterCheckpoints):
 
     def _run(self) -> Run:
         """Return the run so far."""
-        if self.allocator is None or self._module is None or not self.history:
+        if self.allocator is None or not self.history:
             raise RuntimeError("Expected a run to plot but fit has not started, or its ranks are fixed.")
         steps, ranks, budgets = zip(*self.history, strict=True)
-        layers = lora_layers(self._module)
-        costs = component_costs(layers, group_names(layers, self.allocation_settings.group_by)).tolist()
+        costs = self.allocator.parameters_per_rank
         return Run(self.allocator.layer_names, self.allocator.max_rank, steps, ranks, budgets, costs=costs)
 
     def _figures(self) -> "dict[str, Callable[[], Figure]]":

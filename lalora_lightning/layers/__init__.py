@@ -13,7 +13,7 @@ from lalora_lightning.layers.linear_kinds import (
     num_entries,
 )
 from lalora_lightning.layers.multihead_attention import IN_PROJ, in_proj_of, set_in_proj
-from lalora_lightning.layers.rank_masks import mask_problem, replace_ranks
+from lalora_lightning.layers.rank_masks import mask_problem, rank_mask, replace_ranks
 from lalora_lightning.layers.settings import lora_scaling, require_adapter_settings
 from lalora_lightning.layers.truncated_linear import TruncatedLoRALinear
 
@@ -33,6 +33,7 @@ __all__ = [
     "lora_scaling",
     "mask_problem",
     "num_entries",
+    "rank_mask",
     "replace_ranks",
     "require_adapter_settings",
     "set_in_proj",

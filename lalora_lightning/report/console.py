@@ -6,9 +6,9 @@ import contextlib
 import math
 from typing import TYPE_CHECKING
 
-from lalora_lightning.adapters import component_costs, condensed_parameters, lora_layers
-from lalora_lightning.names import blocks_by_kind, group_names, split_common_prefix
-from lalora_lightning.runs import trimmed_bytes
+from lalora_lightning.adapters import condensed_parameters, lora_layers
+from lalora_lightning.names import blocks_by_kind, split_common_prefix
+from lalora_lightning.runs import Run, trimmed_bytes
 from lalora_lightning.tables import block_table, text_table
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from lalora_lightning.allocator import RankAllocator
 
-__all__ = ["HEADER", "print_rank_report", "rank_report", "rank_rows", "rank_totals"]
+__all__ = ["HEADER", "rank_report", "rank_rows", "rank_totals"]
 
 HEADER = ("layer", "rank", "contribution", "growth, %/step", "share of maximum")
 
@@ -24,11 +24,6 @@ _COLUMNS = 80
 _BAR = 16
 # Width of the layers' names, with and without the bars, so that lines have at most 80 columns.
 _NAME_BESIDE_BAR, _NAME = 26, 44
-
-
-def print_rank_report(allocator: RankAllocator, model: nn.Module) -> None:
-    """Print :func:`rank_report`."""
-    print(rank_report(allocator, model))
 
 
 def rank_report(allocator: RankAllocator, model: nn.Module) -> str:
@@ -77,19 +72,14 @@ def rank_totals(allocator: RankAllocator, model: nn.Module) -> str:
 
     The total and the budget are numbers of parameters if a rank of one layer costs more than one of another layer.
     """
-    layers = lora_layers(model)
-    costs = component_costs(layers, group_names(layers, allocator.settings.group_by))
-    ranks, budget, limit = allocator.ranks.cpu(), float(allocator.budget), allocator.max_budget
-    if len(costs.unique()) > 1:
-        unit, total, full = "adapter parameters", int((ranks * costs).sum()), int(allocator.max_rank * costs.sum())
-        shown_budget = f"{budget * costs.double().mean():,.0f}"
-    else:
-        unit, total, full = "total rank", int(ranks.sum()), len(ranks) * allocator.max_rank
-        shown_budget = f"{budget:.1f}"
-    trimmed = sum(trimmed_bytes(layer.lora_A, layer.lora_B, int(layer.rank)) for layer in layers.values())
-    whole = sum(trimmed_bytes(layer.lora_A, layer.lora_B, layer.max_rank) for layer in layers.values())
+    ranks, budget, limit = allocator.ranks.tolist(), float(allocator.budget), allocator.max_budget
+    costs = allocator.parameters_per_rank
+    run = Run(allocator.layer_names, allocator.max_rank, [allocator.steps], [ranks], [budget], costs=costs)
+    layers = lora_layers(model).values()
+    trimmed = sum(trimmed_bytes(layer.lora_A, layer.lora_B, int(layer.rank)) for layer in layers)
+    whole = sum(trimmed_bytes(layer.lora_A, layer.lora_B, layer.max_rank) for layer in layers)
     lines = [
-        f"{unit} {total:,} of LoRA's {full:,} ({total / full:.0%}), budget {shown_budget}",
+        f"{run.total_name} {run.describe_total()}, budget {run.describe_budget()}",
         f"adapters {_size(whole)}, trimmed to these ranks {_size(trimmed)}",
     ]
     # Adapters with initial factors or NaN cannot be condensed.

@@ -65,13 +65,12 @@ def tables(run: Run) -> dict[str, _Table]:
             row.append(f"{100 * share:.2f} %")
     header = ["layer", f"rank, of {run.max_rank}", *(["sparsity"] if run.sparsity else [])]
     by_layer = [header, *ranks]
-    in_ranks = run.unit == "rank"
     sections = {
         "Run": [
             ["quantity", "value"],
             ["optimizer steps", str(run.steps[-1])],
-            ["total rank" if in_ranks else run.unit, run.describe_total()],
-            ["budget", f"{run.total_budgets[-1]:,.{1 if in_ranks else 0}f}"],
+            [run.total_name, run.describe_total()],
+            ["budget", run.describe_budget()],
             *([key, _text(value)] for key, value in run.summary.items() if key != "optimizer steps"),
         ],
         "Scores": [

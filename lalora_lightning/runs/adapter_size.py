@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["trimmed_bytes"]
+__all__ = ["component_size", "trimmed_bytes"]
+
+
+def component_size(lora_A: Tensor, lora_B: Tensor) -> int:
+    """Return the parameters of one rank of an adapter; with slices, of one rank of all of them.
+
+    Args:
+        lora_A: ``(r, d)``.
+        lora_B: ``(m, r)``.
+    """
+    return (lora_A.numel() + lora_B.numel()) // lora_B.shape[1]
 
 
 def trimmed_bytes(lora_A: Tensor, lora_B: Tensor, rank: int) -> int:
@@ -18,4 +28,4 @@ def trimmed_bytes(lora_A: Tensor, lora_B: Tensor, rank: int) -> int:
         lora_B: ``(m, r)``.
         rank: At most r.
     """
-    return (lora_A.numel() + lora_B.numel()) * lora_A.element_size() * rank // lora_B.shape[1]
+    return component_size(lora_A, lora_B) * lora_A.element_size() * rank

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from lalora_lightning.files import load_file
 from lalora_lightning.names import GroupBy, group_names
-from lalora_lightning.runs.adapter_size import trimmed_bytes
+from lalora_lightning.runs.adapter_size import component_size, trimmed_bytes
 from lalora_lightning.runs.run import Run
 from lalora_lightning.runs.settings import flat
 
@@ -75,8 +75,7 @@ def _adapter_sizes(weights: Mapping[str, Any]) -> dict[str, Any]:
 def _costs(weights: Mapping[str, Any], layer_names: Sequence[str]) -> list[int]:
     """Return the parameters of one rank of each layer; nothing if the layers are not groups of projections by name."""
     sizes = {
-        key.removesuffix(".lora_A"): (weights[key].numel() + weights[f"{key[:-1]}B"].numel())
-        // weights[key[:-1] + "B"].shape[1]
+        key.removesuffix(".lora_A"): component_size(weights[key], weights[f"{key[:-1]}B"])
         for key in weights
         if key.endswith(".lora_A")
     }

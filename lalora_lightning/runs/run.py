@@ -41,6 +41,11 @@ class Run:
         return "adapter parameters" if len(set(self.costs)) > 1 else "rank"
 
     @property
+    def total_name(self) -> str:
+        """What the total of all layers is called."""
+        return "total rank" if self.unit == "rank" else self.unit
+
+    @property
     def totals(self) -> list[int]:
         """The total of all layers at each step, in ranks or parameters."""
         return [sum(rank * cost for rank, cost in zip(row, self._weights, strict=True)) for row in self.ranks]
@@ -63,6 +68,14 @@ class Run:
         "4 of LoRA's 8 (50%)"
         """
         return f"{self.totals[-1]:,} of LoRA's {self.full:,} ({self.totals[-1] / self.full:.0%})"
+
+    def describe_budget(self) -> str:
+        """Return the final budget as text.
+
+        >>> Run(["a", "b"], 4, [1], [[1, 3]], [4.0]).describe_budget()
+        '4.0'
+        """
+        return f"{self.total_budgets[-1]:,.{1 if self.unit == 'rank' else 0}f}"
 
     @property
     def _weights(self) -> Sequence[int]:

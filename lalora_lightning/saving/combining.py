@@ -20,9 +20,9 @@ from lalora_lightning.adapters import (
 )
 from lalora_lightning.functional import singular_factors
 from lalora_lightning.layers import TruncatedLoRALinear, linear_shape
-from lalora_lightning.names import state_name
+from lalora_lightning.names import endings, state_name
 from lalora_lightning.saving.peft_folder import CONFIG_FILE, read_folder
-from lalora_lightning.saving.peft_import import load_peft_adapter
+from lalora_lightning.saving.peft_import import adapt_as_in_peft
 from lalora_lightning.saving.state import load_by_name, load_lora_state_dict, read_state
 from lalora_lightning.saving.wrappers import model_itself
 
@@ -85,12 +85,13 @@ def combine_lora(model: nn.Module, adapters: Mapping[str, float] | Iterable[tupl
 
 def _load(model: nn.Module, source: _Source) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Return the folded factors of an adapter by layer, and all other values that it contains."""
-    is_peft = not isinstance(source, Mapping) and (Path(source) / CONFIG_FILE).exists()
-    state = source if isinstance(source, Mapping) else read_folder(Path(source))[1] if is_peft else read_state(source)
-    twin = _twin(model, {state_name(str(key)) for key in state})
-    if is_peft:
-        load_peft_adapter(twin, str(source))
+    if not isinstance(source, Mapping) and (Path(source) / CONFIG_FILE).exists():
+        config, tensors = read_folder(Path(source))
+        twin = _twin(model, tensors)
+        adapt_as_in_peft(twin, config, tensors, source)
     else:
+        state = source if isinstance(source, Mapping) else read_state(source)
+        twin = _twin(model, state)
         load_lora_state_dict(twin, state)
     layers = lora_layers(twin)
     factors = {f"{name}.{key}".lstrip(".") for name, layer in layers.items() for key, _ in _own_values(layer)}
@@ -103,16 +104,12 @@ def _own_values(layer: TruncatedLoRALinear) -> list[tuple[str, Tensor]]:
     return [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]
 
 
-def _twin(model: nn.Module, keys: set[str]) -> nn.Module:
+def _twin(model: nn.Module, state: Iterable[str]) -> nn.Module:
     """Return a copy of a model that shares all values but those that a state with these keys may change."""
-    ends = tuple(keys)
+    # The names in a state may have further parts in front.
+    changed = {ending for key in state for ending in endings(state_name(str(key)))}
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    memo = {id(value): value for name, value in named if not _ends_one(state_name(name), ends)}
-    return copy.deepcopy(model, memo)
-
-
-def _ends_one(name: str, keys: Iterable[str]) -> bool:
-    return any(key == name or key.endswith(f".{name}") for key in keys)
+    return copy.deepcopy(model, {id(value): value for name, value in named if state_name(name) not in changed})
 
 
 def _means(weights: list[float], values: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from lalora_lightning.saving.peft_names import pattern_value
 from lalora_lightning.saving.state import load_by_name
 from lalora_lightning.saving.wrappers import model_itself
 
-__all__ = ["load_peft_adapter"]
+__all__ = ["adapt_as_in_peft", "load_peft_adapter"]
 
 
 def load_peft_adapter(
@@ -46,7 +46,23 @@ def load_peft_adapter(
     model = model_itself(model)
     if lora_layers(model):
         raise ValueError("Expected a model without LoRA layers but it has some already.")
-    config, tensors = read_folder(local_folder(folder, revision, token))
+    adapt_as_in_peft(model, *read_folder(local_folder(folder, revision, token)), folder)
+
+
+def adapt_as_in_peft(
+    model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]
+) -> None:
+    """Adapt a plain model with what a folder of PEFT contains; see :func:`load_peft_adapter`.
+
+    Args:
+        model: The base model.
+        config: ``adapter_config.json``.
+        tensors: ``adapter_model.safetensors``.
+        folder: The folder, for error messages.
+
+    Raises:
+        ValueError: As in :func:`load_peft_adapter`. The model is left unchanged.
+    """
     factors: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, value in tensors.items():

@@ -9,6 +9,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from lalora_lightning.names import endings
+
 __all__ = ["exact_pattern", "pattern_value", "require_saved_apart", "saved_with", "target_modules"]
 
 
@@ -21,17 +23,11 @@ def target_modules(targets: Collection[str], names: Iterable[str]) -> list[str] 
         targets: Names of the adapted modules.
         names: Names of all modules of the base model.
     """
-    others = {end for name in names if name not in targets for end in _ends(name)}
-    shortest = [next((end for end in _ends(target) if end not in others), None) for target in targets]
+    others = {end for name in names if name not in targets for end in endings(name)}
+    shortest = [next((end for end in endings(target) if end not in others), None) for target in targets]
     if None in shortest:
         return "|".join(map(re.escape, targets))
     return sorted({end for end in shortest if end is not None})
-
-
-def _ends(name: str) -> list[str]:
-    """Return what PEFT accepts as the end of a name, the shortest first: ``["q", "attn.q", "0.attn.q"]``."""
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
 def exact_pattern(name: str, names: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ __all__ = [
     "append_record",
     "group_records",
     "label",
+    "read_lines",
     "read_records",
     "run_key",
     "run_title",
@@ -55,6 +56,14 @@ def run_key(record: Record) -> str:
     return _key(record, _SAME_RUN)
 
 
+def read_lines(path: Path) -> list[Record]:
+    """Read all complete lines of a file of JSON lines; an empty list if there is no such file."""
+    if not path.exists():
+        return []
+    complete = path.read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in complete.splitlines()]
+
+
 def read_records(path: Path) -> list[Record]:
     """Read all complete records of a file; an incomplete last line is ignored.
 
@@ -65,17 +74,13 @@ def read_records(path: Path) -> list[Record]:
     Returns:
         The records; an empty list if there is no such file.
     """
-    if not path.exists():
-        return []
-    complete = path.read_text().rpartition("\n")[0]
-    records = [json.loads(line) for line in complete.splitlines()]
     return [
         {
             "protocol": _first_protocol(record),
             **record,
             "settings": _current_settings(record["method"], record["settings"]),
         }
-        for record in records
+        for record in read_lines(path)
     ]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lalora_lightning import TruncatedLoRALinear, add_lora, lora_layers
+from lalora_lightning.layers import rank_mask
 
 __all__ = ["DyLoraCallback", "adapt_by_dylora", "draw_ranks", "restore_full_ranks"]
 
@@ -52,7 +53,7 @@ def draw_ranks(layers: Iterable[TruncatedLoRALinear]) -> None:
     for layer in layers:
         device = layer.rank_mask.device
         rank = torch.randint(1, layer.max_rank + 1, (), device=device)
-        layer.rank_mask = (torch.arange(layer.max_rank, device=device) < rank).float()
+        layer.rank_mask = rank_mask(rank, layer.max_rank, device)
 
 
 def restore_full_ranks(layers: Iterable[TruncatedLoRALinear]) -> None:

@@ -614,3 +614,16 @@ def test_a_sharded_run_is_resumed(tmp_path: Path, epochs: int, in_one_file: bool
         assert resumed == whole
         for key, value in tensors.items():
             assert torch.equal(same[key], value), key
+
+
+def test_a_run_is_drawn_after_layers_of_rank_0_were_trimmed_away(tmp_path: Path):
+    def group_by(name: str) -> str:
+        """The value projections share a rank, which costs three times as much as that of a query projection."""
+        return name if name.endswith("query") else "values"
+
+    module, callback = TinyClassifier(), LaLoraCallback(rank=4, min_rank=0, group_by=group_by)
+    new_trainer(tmp_path, callback).fit(module, loader())
+    module.model.blocks[0].query.set_rank(0)
+    trim_lora(module)
+    assert len(lora_layers(module)) == 5
+    assert callback.plot().axes

@@ -20,7 +20,7 @@ from torch import nn
 
 from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, condense_lora, lora_layers
 from lalora_lightning.report import main
-from lalora_lightning.report.console import print_rank_report, rank_rows, rank_totals
+from lalora_lightning.report.console import rank_report, rank_rows, rank_totals
 from lalora_lightning.runs import read_run, trimmed_bytes
 from lalora_lightning.sparsity import layer_sparsity
 from tests.helpers.models import TinyTransformer
@@ -251,7 +251,7 @@ def test_the_rank_report(adapted: TinyTransformer, capsys: pytest.CaptureFixture
     assert condensed == f"condense_lora would keep 99% of the energy in {kept[0]} parameters, 95% in {kept[1]}"
     assert trimmed_bytes(torch.empty(4, 8), torch.empty(6, 4), rank=3) == 3 * 14 * 4
 
-    print_rank_report(allocator, adapted)
+    print(rank_report(allocator, adapted))
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "La-LoRA ranks of blocks.*, maximum 4"
     assert lines[2].split() == ["layer", "rank", "contribution", "growth,", "%/step", "share", "of", "maximum"]
@@ -279,7 +279,7 @@ def test_the_rank_report_of_many_projections_is_a_table_of_blocks_by_kind(
     add_lora(model, rank=4, target_modules="all-linear", modules_to_save=[])
     allocator = RankAllocator(model, group_by="module", gradual_budget=False, average_rank=2)
     layers = lora_layers(model)
-    print_rank_report(allocator, model)
+    print(rank_report(allocator, model))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     shown = {}
@@ -328,7 +328,7 @@ def test_the_rank_report_fits_80_columns(capsys: pytest.CaptureFixture, length: 
     add_lora(model, rank=4, target_modules=names, modules_to_save=[])
     allocator = RankAllocator(model, group_by="module", gamma=0.0)
     allocator.step()
-    print_rank_report(allocator, model)
+    print(rank_report(allocator, model))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     for name, line in zip(names, lines[4:6], strict=True):

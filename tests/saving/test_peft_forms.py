@@ -201,15 +201,21 @@ def test_both_forms_of_a_trimmed_model(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize("uniform", [True, False])
-def test_weighted_combinations_of_peft(uniform: bool, tmp_path: Path):
+def two_saved_adapters(folder: Path, other_rank: int, uniform: bool | int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return a base model and two adapted ones; their adapters are in the subfolders ``one`` and ``other``."""
     base, one = trained(families.llama)
     other = copy.deepcopy(one)
     for layer in lora_layers(other).values():
         layer.lora_B.data.mul_(-2)
-        layer.set_rank(2)
-    save_peft_adapter(one, tmp_path / "one", uniform=uniform)
-    save_peft_adapter(other, tmp_path / "other", uniform=uniform)
+        layer.set_rank(other_rank)
+    save_peft_adapter(one, folder / "one", uniform=uniform)
+    save_peft_adapter(other, folder / "other", uniform=uniform)
+    return base, one, other
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_weighted_combinations_of_peft(uniform: bool, tmp_path: Path):
+    base, one, other = two_saved_adapters(tmp_path, 2, uniform)
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "one", adapter_name="one")
     theirs.load_adapter(tmp_path / "other", adapter_name="other")
     theirs.add_weighted_adapter(["one", "other"], [0.7, 0.3], "both", combination_type="cat")
@@ -226,13 +232,7 @@ def test_weighted_combinations_of_peft(uniform: bool, tmp_path: Path):
 @pytest.mark.skipif(not hasattr(PreTrainedModel, "enable_peft_hotswap"), reason="needs a later transformers")
 @pytest.mark.parametrize("rank", [4, 8])
 def test_transformers_exchanges_adapters_that_are_padded_to_one_rank(rank: int, tmp_path: Path):
-    base, one = trained(families.llama)
-    other = copy.deepcopy(one)
-    for layer in lora_layers(other).values():
-        layer.lora_B.data.mul_(-2)
-        layer.set_rank(1)
-    save_peft_adapter(one, tmp_path / "one", uniform=rank)
-    save_peft_adapter(other, tmp_path / "other", uniform=rank)
+    base, one, other = two_saved_adapters(tmp_path, 1, rank)
     base.enable_peft_hotswap(target_rank=rank)
     for name, model, hotswap in (("one", one, False), ("other", other, True)):
         base.load_adapter(tmp_path / name, adapter_name="adapter", hotswap=hotswap)
