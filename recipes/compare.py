@@ -53,7 +53,10 @@ from recipes.methods import METHODS, NotApplicableError, method_label, parse_met
 __all__ = ["Comparison", "compare", "main", "write_report"]
 
 # The options for the arguments that error messages of the package name.
-_OPTIONS = "Options of this recipe: --model for name, --glue_path or --cifar10_path for path"
+_OPTIONS = (
+    "Options of this recipe: --model or --language_model for name; --glue_path, --cifar10_path or --dialogsum_path "
+    "for path"
+)
 
 
 def compare(

@@ -16,14 +16,16 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.v2.functional import pil_to_tensor
+from transformers import AutoTokenizer
 
 from lalora_lightning.data.glue import GlueDataModule
-from lalora_lightning.data.loading import load_splits
+from lalora_lightning.data.loading import load_pretrained, load_splits
 from lalora_lightning.files import replaced_when_complete
 from lalora_lightning.modules.image_classification import ImageClassificationModule
 from lalora_lightning.modules.sequence_classification import SequenceClassificationModule
 from lalora_lightning.modules.task import TaskModule
 from recipes import digits
+from recipes.comparison.next_token import NextTokenModule, collator, load_texts
 
 __all__ = ["CIFAR10_BACKBONE", "GLUE_METRICS", "TASKS", "ComparisonTask", "Scored", "TaskSettings", "build_task"]
 
@@ -43,18 +45,22 @@ class TaskSettings:
     Attributes:
         glue_path: GLUE on the Hub, or a folder with a subfolder for each task.
         cifar10_path: CIFAR-10 on the Hub, or a folder in the Hub's layout.
+        dialogsum_path: DialogSum on the Hub, or a folder in the Hub's layout.
         model: The text encoder, on the Hub or a local model folder.
+        language_model: The decoder, on the Hub or a local model folder.
         max_train_rows: Number of texts to train on; all by default.
         max_length: Maximum number of tokens of a text; longer texts are truncated.
-        epochs: Length of a run on texts.
-        steps: Length of a run on images, in optimizer steps.
+        epochs: Length of a run on GLUE.
+        steps: Length of a run on other data, in optimizer steps.
         batch_size: Rows in a batch; by default 64 images or 32 texts.
         cache: Folder for the small backbones that this recipe pretrains.
     """
 
     glue_path: str = "nyu-mll/glue"
     cifar10_path: str = "uoft-cs/cifar10"
+    dialogsum_path: str = "knkarthick/dialogsum"
     model: str = "roberta-base"
+    language_model: str = "HuggingFaceTB/SmolLM2-135M"
     max_train_rows: int | None = None
     max_length: int = 128
     epochs: int = 3
@@ -188,8 +194,7 @@ def _glue(settings: TaskSettings, task: str) -> ComparisonTask:
     return ComparisonTask(
         f"glue/{task}",
         settings={
-            # Only the last two parts of a path, because the location of the folder does not matter.
-            "model": "/".join(Path(settings.model).parts[-2:]),
+            "model": _last_folders(settings.model),
             "epochs": settings.epochs,
             "batch_size": batch_size,
             "max_length": settings.max_length,
@@ -204,6 +209,45 @@ def _glue(settings: TaskSettings, task: str) -> ComparisonTask:
         new_module=lambda learning_rate: SequenceClassificationModule(settings.model, data.num_labels, learning_rate),
         loaders=loaders,
     )
+
+
+def _dialogsum(settings: TaskSettings) -> ComparisonTask:
+    """The summaries of dialogues, as texts for a causal language model."""
+    batch_size = settings.batch_size or 32
+    tokenizer = load_pretrained(AutoTokenizer, settings.language_model)
+    texts = load_texts(settings.dialogsum_path, "summary", tokenizer, settings.max_length)
+    parts = texts["train"].train_test_split(_SELECTION_SHARE, seed=0)
+    scored: dict[Scored, Any] = {"selection": parts["test"], "test": texts["test"]}
+    collate = collator(tokenizer)
+
+    def loaders(seed: int, rows: Scored) -> tuple[dict[str, Any], dict[str, Any]]:
+        order = torch.Generator().manual_seed(seed)
+        training = DataLoader(parts["train"], batch_size, True, drop_last=True, generator=order, collate_fn=collate)
+        return {"train_dataloaders": training}, {"dataloaders": DataLoader(scored[rows], 100, collate_fn=collate)}
+
+    return ComparisonTask(
+        "dialogsum",
+        settings={
+            "model": _last_folders(settings.language_model),
+            "steps": settings.steps,
+            "batch_size": batch_size,
+            "max_length": settings.max_length,
+            "train_rows": len(parts["train"]),
+            "selection_rows": len(parts["test"]),
+            "test_rows": len(texts["test"]),
+        },
+        metric="test/token_accuracy",
+        learning_rate=5e-3,
+        steps=settings.steps,
+        epochs=None,
+        new_module=functools.partial(NextTokenModule, settings.language_model),
+        loaders=loaders,
+    )
+
+
+def _last_folders(model: str) -> str:
+    """Return the last two parts of a path, because the location of the folder does not matter."""
+    return "/".join(Path(model).parts[-2:])
 
 
 def _without_selection(images: Tensor, labels: Tensor) -> tuple[TensorDataset, TensorDataset]:
@@ -248,5 +292,6 @@ def _cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tens
 TASKS: dict[str, Callable[[TaskSettings], ComparisonTask]] = {
     "digits": _digits,
     "cifar10": _cifar10,
+    "dialogsum": _dialogsum,
     **{f"glue/{task}": functools.partial(_glue, task=task) for task in GLUE_METRICS},
 }

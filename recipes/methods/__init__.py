@@ -16,6 +16,7 @@ from lalora_lightning import LaLoraCallback, add_lora
 from recipes.methods.adalora import add_adalora
 from recipes.methods.bottleneck import adapt_by_bottleneck, add_houlsby, add_parallel, add_pfeiffer, add_series
 from recipes.methods.dylora import adapt_by_dylora
+from recipes.methods.eva import add_eva
 from recipes.methods.ia3 import add_ia3
 from recipes.methods.low_rank import adapt_by_lalora, adapt_by_lora
 from recipes.methods.method import Method, method_label
@@ -59,6 +60,12 @@ _METHODS = (
         adapt_by_lora,
         add_lora,
         {"init": "milora"},
+    ),
+    Method(
+        "eva",
+        "EVA, Paischer et al. 2024 (arXiv 2410.07170)",
+        "r (m + d) per projection, with ranks of mean R",
+        add_eva,
     ),
     Method(
         "randlora",

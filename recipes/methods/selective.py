@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lalora_lightning.adapters import find_head
-from recipes.methods.projections import find_projections
+from recipes.methods.projections import NotApplicableError, find_projections
 
 __all__ = ["freeze_backbone", "train_all", "train_biases", "train_head_only"]
 
@@ -35,7 +35,12 @@ def freeze_backbone(module: nn.Module, keep: Callable[[str], bool] = lambda name
         module: The module; its head is found in the same way as for La-LoRA.
         keep: A function that returns whether a parameter of this name stays trainable. Parameters that are already
             frozen stay frozen.
+
+    Raises:
+        NotApplicableError: There is no such parameter.
     """
     head = find_head(module, find_projections(module).names)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in head or (parameter.requires_grad and keep(name)))
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise NotApplicableError("it has no parameters of this kind, such as a new task head")

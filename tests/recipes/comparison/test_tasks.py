@@ -8,10 +8,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from PIL import Image
-from transformers import BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from recipes.comparison import tasks
 from recipes.comparison.tasks import TaskSettings, build_task
+from tests.data.test_commonsense import build_model
 from tests.data.test_glue import tokenizer, write  # noqa: F401
 from tests.recipes.comparison.test_compare import run
 
@@ -69,6 +70,38 @@ def test_glue(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch): 
         pl.seed_everything(seed)
         orders.append(list(data_module.train_dataloader().sampler))
     assert orders[0] == orders[1] != orders[2]
+
+
+def test_next_tokens_of_dialogsum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The score is the share of the right next tokens, computed here one text at a time."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    folder = build_model(tmp_path / "llama")
+    data = tmp_path / "dialogsum"
+    data.mkdir()
+    texts = ["the answer is true", "the answer", "true is the answer", "is the the answer the"]
+    for split in ("train", "test"):
+        rows = {"dialogue": ["unused"] * 20, "summary": texts * 5}
+        datasets.Dataset.from_dict(rows).to_parquet(data / f"{split}.parquet")
+    settings = TaskSettings(dialogsum_path=str(data), language_model=str(folder), steps=3, batch_size=4, max_length=5)
+    (record,) = run(settings, tmp_path / "a.jsonl", tasks=["dialogsum"], methods=["lora:rank=2"], seeds=[0])
+    assert record["metric"] == "test/token_accuracy"
+    assert [record["task_settings"][f"{rows}_rows"] for rows in ("train", "selection", "test")] == [16, 4, 20]
+
+    task = build_task("dialogsum", settings)
+    module = task.new_module(1e-2)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(max_steps=20, enable_model_summary=False, **quiet)
+    trainer.fit(module, **task.loaders(0, "test")[0])
+    module.eval()
+    right = []
+    encode = AutoTokenizer.from_pretrained(folder)
+    for text in texts * 5:
+        tokens = torch.tensor(encode(text)["input_ids"][:5])
+        predicted = module.model(tokens[None]).logits[0, :-1].argmax(-1)
+        right += (predicted == tokens[1:]).tolist()
+    (scores,) = trainer.test(module, **task.loaders(0, "test")[1], verbose=False)
+    assert scores["test/token_accuracy"] == pytest.approx(sum(right) / len(right))
+    assert 0 < sum(right) < len(right)
 
 
 def test_cifar10_adapts_to_the_classes_that_were_not_pretrained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

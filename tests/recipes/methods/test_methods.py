@@ -12,6 +12,7 @@ from transformers import BertModel, DebertaV2Config, DebertaV2ForSequenceClassif
 
 from recipes import methods
 from recipes.methods import METHODS, NotApplicableError, parse_method
+from tests.helpers.families import llama
 from tests.recipes.methods.models import HEAD, fit, logits, loss, text, trainable, vision
 
 # Width d = 16, f = 32 hidden units, 2 blocks, query and value: trainable parameters by the references' formulas.
@@ -34,6 +35,7 @@ COUNTS = {
     "dora:rank=4": LORA + 2 * 2 * 16,
     "pissa:rank=4": LORA,
     "milora:rank=4": LORA,
+    "eva:rank=4": LORA,  # all projections have one size, and the mean rank is 4
     "randlora:basis_rank=4": 2 * 2 * 4 * (4 + 16),  # 16 / 4 = 4 bases
     "vera:shared_rank=8": 2 * 2 * (16 + 8),
     "lora_fa:rank=4": 2 * 2 * 4 * 16,
@@ -105,6 +107,13 @@ def test_method(spec: str, new: Any):
     assert not idle
     module.train()
     assert loss(module, batch) < start - 0.02
+
+
+@pytest.mark.parametrize("name", ["head", "bitfit"])
+def test_a_model_without_such_parameters_is_refused(name: str):
+    """A LLaMA has neither a new head nor biases."""
+    with pytest.raises(NotApplicableError, match=f"Method {name} does not apply to this model because it has no param"):
+        METHODS[name].adapt(llama())
 
 
 def test_all_methods_start_with_the_same_head():
