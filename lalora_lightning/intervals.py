@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-__all__ = ["bootstrap_interval", "confidence", "deviation"]
+__all__ = ["confidence", "deviation"]
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -31,16 +31,3 @@ def confidence(values: Sequence[float]) -> float:
     z = 1.96
     t = quantiles[freedom - 1] if freedom <= 10 else z + (z**3 + z) / (4 * freedom) + 0.0233 * (11 / freedom) ** 2
     return t * deviation(values) / math.sqrt(len(values))
-
-
-def bootstrap_interval(values: Sequence[float], resamples: int = 10_000) -> tuple[float, float]:
-    """Return the 95% percentile bootstrap interval of the mean (Efron and Tibshirani, 1993).
-
-    The resamples are drawn with a fixed seed, so the result is reproducible.
-    """
-    import torch
-
-    numbers = torch.tensor(values, dtype=torch.float64)
-    drawn = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(0))
-    low, high = numbers[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high

@@ -15,7 +15,12 @@ from lalora_lightning.plotting.run_figures import (
     plot_sparsity,
     plot_sparsity_and_rank,
 )
-from lalora_lightning.plotting.score_figures import plot_comparison, plot_gamma, plot_parameter_budget
+from lalora_lightning.plotting.score_figures import (
+    plot_comparison,
+    plot_gamma,
+    plot_learning_rates,
+    plot_parameter_budget,
+)
 
 __all__ = [
     "Source",
@@ -23,6 +28,7 @@ __all__ = [
     "plot_comparison",
     "plot_final_ranks",
     "plot_gamma",
+    "plot_learning_rates",
     "plot_parameter_budget",
     "plot_rank_lines",
     "plot_rank_map",

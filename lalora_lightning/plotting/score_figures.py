@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_comparison", "plot_gamma", "plot_parameter_budget"]
+__all__ = ["plot_comparison", "plot_gamma", "plot_learning_rates", "plot_parameter_budget"]
 
 
 def plot_gamma(scores: Mapping[str, Mapping[float, Sequence[float]]], score: str) -> Figure:
@@ -27,6 +28,39 @@ def plot_gamma(scores: Mapping[str, Mapping[float, Sequence[float]]], score: str
     """
     figure, axes = _score_lines(scores, score)
     axes.set_xlabel("gamma")
+    return figure
+
+
+def plot_learning_rates(scores: Mapping[str, Mapping[float, float]], score: str) -> Figure:
+    """Plot a score over the learning rate, one line per method, with the best rate of each method filled.
+
+    Args:
+        scores: ``{method: {learning rate: mean score}}``. A score of NaN, of runs that failed, is left out.
+        score: Name and unit of the score, for the axis.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(7, 3.2 + 0.22 * len(scores)), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, by_rate) in enumerate(scores.items()):
+        rates = sorted(rate for rate in by_rate if not math.isnan(by_rate[rate]))
+        color, marker = COLORS[i % len(COLORS)], MARKERS[i // len(COLORS) % len(MARKERS)]
+        axes.plot(
+            rates, [by_rate[rate] for rate in rates], label=name, color=color, marker=marker, markerfacecolor="white"
+        )
+        if rates:
+            best = max(rates, key=by_rate.__getitem__)
+            axes.plot(best, by_rate[best], color=color, marker=marker)
+    axes.set_xscale("log")
+    tried = sorted({rate for by_rate in scores.values() for rate in by_rate})
+    axes.set_xticks(tried, [f"{rate:g}" for rate in tried], rotation=45)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel(score)
+    axes.grid(axis="y", color="0.9")
+    # One line for each method, since names with settings are long.
+    figure.legend(fontsize="small", loc="outside lower center", ncols=1, frameon=False)
     return figure
 
 

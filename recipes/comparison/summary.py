@@ -4,14 +4,15 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lalora_lightning.intervals import bootstrap_interval, deviation
-from lalora_lightning.plotting import plot_comparison
+from lalora_lightning.intervals import confidence, deviation
+from lalora_lightning.plotting import plot_comparison, plot_learning_rates
 from lalora_lightning.tables import markdown_table
 from recipes.comparison.records import SAME_COMPARISON, Record, group_records, label
 
@@ -51,7 +52,7 @@ class Row:
         selection_scores: Mean score for selection by learning rate; empty if it was not chosen or not recorded.
         pairs: Number of seeds for which the baseline was also run.
         difference: Mean difference to the baseline over these seeds; None without pairs.
-        low: Lower end of the 95% bootstrap interval of the difference; None for a single pair.
+        low: Lower end of the 95% interval of the difference by Student's t; None for a single pair.
         high: Upper end of the interval.
     """
 
@@ -147,14 +148,19 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Figure]:
-    """Return a figure of the scores of each comparison by task; further ones of a task have a number."""
+    """Return figures of each comparison by task: its scores and, with ``-rates``, its scores by learning rate.
+
+    Further comparisons of a task have a number.
+    """
     by_name: dict[str, Figure] = {}
     for comparison in _comparisons(rows):
         name = comparison[0].task.replace("/", "-")
         if name in by_name:
-            name += f"-{sum(other.startswith(name) for other in by_name) + 1}"
+            name += f"-{sum(re.fullmatch(rf'{name}(-[0-9]+)?', other) is not None for other in by_name) + 1}"
         metric = comparison[0].metric.removeprefix("test/")
         by_name[name] = plot_comparison({row.method: row.scores for row in comparison}, f"{metric}, %")
+        if by_rate := {row.method: row.selection_scores for row in comparison if row.selection_scores}:
+            by_name[f"{name}-rates"] = plot_learning_rates(by_rate, f"{metric} on held-out rows, %")
     return by_name
 
 
@@ -169,7 +175,8 @@ def _comparisons(rows: Sequence[Row]) -> list[list[Row]]:
 def _row(runs: list[Record], baseline: dict[int, float]) -> Row:
     scores = [100 * run["score"] for run in runs]
     differences = [100 * (run["score"] - baseline[run["seed"]]) for run in runs if run["seed"] in baseline]
-    low, high = bootstrap_interval(differences) if len(differences) > 1 else (None, None)
+    difference = statistics.mean(differences) if differences else None
+    half = confidence(differences) if len(differences) > 1 else None
     ranks = [list(run["ranks"].values()) for run in runs]
     memory = [run["memory_mib"] for run in runs if run["memory_mib"] is not None]
     first = runs[0]
@@ -197,9 +204,9 @@ def _row(runs: list[Record], baseline: dict[int, float]) -> Row:
         learning_rate=first["learning_rate"],
         selection_scores=selection,
         pairs=len(differences),
-        difference=statistics.mean(differences) if differences else None,
-        low=low,
-        high=high,
+        difference=difference,
+        low=None if difference is None or half is None else difference - half,
+        high=None if difference is None or half is None else difference + half,
     )
 
 

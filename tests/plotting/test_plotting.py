@@ -1,6 +1,7 @@
 """Figures hold the data they are given, and their labels do not overlap."""
 
 import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -215,6 +216,16 @@ def test_comparison():
     assert seeds == [1.0, 2.0, 3.0]
     assert [container.lines[0].get_xdata().tolist() for container in axes.containers] == [[2.0], [2.0]]
     assert axes.get_xlabel() == "accuracy, %"
+
+
+def test_learning_rates():
+    scores = {"LoRA": {0.01: 90.0, 0.001: 70.0, 0.1: math.nan}, "La-LoRA": {0.001: 80.0, 0.01: 60.0}}
+    axes = plotting.plot_learning_rates(scores, "accuracy, %").axes[0]
+    drawn = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in axes.lines[::2]]
+    assert drawn == [([0.001, 0.01], [70.0, 90.0]), ([0.001, 0.01], [80.0, 60.0])]
+    assert [line.get_xdata() for line in axes.lines[1::2]] == [[0.01], [0.001]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0.001", "0.01", "0.1"]
+    assert (axes.get_xscale(), axes.get_ylabel()) == ("log", "accuracy, %")
 
 
 def test_matplotlib_is_imported_when_called(tmp_path: Path):

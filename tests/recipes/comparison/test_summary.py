@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from lalora_lightning.intervals import bootstrap_interval
 from recipes.comparison import append_record, figures, markdown, read_records, summarize, write_csv
 
 
@@ -55,7 +53,8 @@ def test_table():
     # By hand: 52 and 60 have mean 56 and deviation sqrt(2 * 4^2) = 5.66; they are 2 and 0 above LoRA's 50 and 60.
     assert (lalora.score, lalora.spread, lalora.worst) == pytest.approx((56, 32**0.5, 52))
     assert (lalora.pairs, lalora.difference) == (2, pytest.approx(1))
-    assert (lalora.low, lalora.high) == pytest.approx((0, 2))
+    # Student's t for one degree of freedom, 12.706, times the standard error: sqrt(2) / sqrt(2).
+    assert (lalora.low, lalora.high) == pytest.approx((1 - 12.706, 1 + 12.706))
     assert (lalora.total_rank, lalora.ranks, lalora.final_parameters) == (9.5, (3.5, 6), 900.5)
     assert (lora.difference, lora.total_rank) == (0, 16)
     assert (head.pairs, head.difference, head.low) == (1, pytest.approx(-20), None)
@@ -66,7 +65,7 @@ def test_table():
     assert table[:3] == ["## digits", "", "steps 3; shared learning rate 0.005; precision 32-true"]
     assert table[6:9] == [
         "| lora | 800 | 55.0 +- 7.1 | 50.0 |  | 2 | 1,000 | 16.0 | 2.5 | 100 | 0.005 |",
-        "| lalora | 800 | 56.0 +- 5.7 | 52.0 | +1.0 (+0.0 to +2.0) | 2 | 1,000 | 9.5 | 2.5 | 100 | 0.005 |",
+        "| lalora | 800 | 56.0 +- 5.7 | 52.0 | +1.0 (-11.7 to +13.7) | 2 | 1,000 | 9.5 | 2.5 | 100 | 0.005 |",
         "| head | 801 | 40.0 | 40.0 | -20.0 | 1 | 1,000 |  | 3.0 | 100 | 0.005 |",
     ]
     assert table[10] == "## cifar10"
@@ -79,7 +78,7 @@ def test_another_baseline():
     table = markdown([lora, lalora], baseline="lalora").splitlines()
     assert "difference to lalora (95% interval)" in table[4]
     assert (
-        table[6] == "| lora | 800 | 55.0 +- 7.1 | 50.0 | -1.0 (-2.0 to +0.0) | 2 | 1,000 | 16.0 | 2.5 | 100 | 0.005 |"
+        table[6] == "| lora | 800 | 55.0 +- 7.1 | 50.0 | -1.0 (-13.7 to +11.7) | 2 | 1,000 | 16.0 | 2.5 | 100 | 0.005 |"
     )
 
 
@@ -158,14 +157,3 @@ def test_a_score_that_is_no_number_stops_no_table(tmp_path: Path):
     rows = summarize([*RECORDS[:3], record("digits", "lalora", 1, math.nan, (4, 7))])
     assert "| lalora | 800 | nan +- nan | nan | +nan (+nan to +nan) | 2 |" in markdown(rows)
     figures(rows)["digits"].savefig(tmp_path / "a.png")
-
-
-def test_bootstrap_interval():
-    assert bootstrap_interval([1.5, 1.5, 1.5]) == (1.5, 1.5)
-    # The mean of two draws from 0 and 1 is 0, 0.5 or 1 with odds 1 : 2 : 1.
-    assert bootstrap_interval([0, 1]) == (0, 1)
-    # Of many numbers the interval is nearly that of the normal distribution, 1.96 standard errors to each side.
-    numbers = torch.randn(400, dtype=torch.float64)
-    low, high = bootstrap_interval(numbers.tolist())
-    mean, half = float(numbers.mean()), 1.96 * float(numbers.std()) / 20
-    assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.01)
