@@ -293,8 +293,9 @@ def largest_components(
 ) -> Tensor:
     """Return how many leading components of each layer to keep, by worth per parameter (difference 13).
 
-    The components of all layers are taken in falling order of ``worth / cost``, until the parameters are used or the
-    share of the worth is reached. Components without worth are not taken. Every layer keeps ``min_rank`` components.
+    The components of all layers are taken in falling order of ``worth / cost``. With a limit on parameters, those that
+    do not fit are passed over. Otherwise, they are taken until the share of the worth is reached. Components without
+    worth are not taken. Every layer keeps ``min_rank`` components.
 
     Args:
         worth: ``(L, r)`` squared norm of each component, falling along the second dimension.
@@ -308,16 +309,30 @@ def largest_components(
 
     >>> largest_components(torch.tensor([[9.0, 1.0], [8.0, 6.0]]), torch.tensor([2, 1]), parameters=4)
     tensor([1, 2])
+
+    The second component of the first layer would be next, but does not fit:
+
+    >>> largest_components(torch.tensor([[9.0, 4.0], [8.0, 1.0]]), torch.tensor([2, 1]), parameters=4)
+    tensor([1, 2])
     """
     worth, costs = worth.double(), costs.double()[:, None].expand_as(worth)
     forced = torch.arange(worth.shape[1], device=worth.device) < min_rank
     value = torch.where(forced, torch.inf, worth / costs).flatten()
     order = value.argsort(descending=True, stable=True)
     if parameters is not None:
-        fits = costs.flatten()[order].cumsum(0) <= parameters
+        fits = _fits_in_order(costs.flatten()[order], parameters)
     else:
         sums = worth.flatten()[order].cumsum(0)
         # A component is needed if the earlier ones do not reach the share.
         fits = sums - worth.flatten()[order] < energy * sums[-1]
     kept = torch.zeros_like(value, dtype=torch.bool).index_copy(0, order, fits) & (value > 0)
     return (kept.view_as(worth) | forced).sum(1)
+
+
+def _fits_in_order(costs: Tensor, limit: float) -> Tensor:
+    """Return which items are taken, if each is taken in turn unless it exceeds the limit: ``(n,)`` to ``(n,)`` bool."""
+    taken, total = [], 0.0
+    for cost in costs.tolist():
+        taken.append(total + cost <= limit)
+        total += cost * taken[-1]
+    return torch.tensor(taken, device=costs.device)
