@@ -139,6 +139,7 @@ def main(
     strength: tuple[float, ...] = (1.0,),
     where: tuple[Place, ...] = ("anywhere",),
     seeds: int = 1,
+    first_seed: int = 0,
     rank: int = 8,
     average_rank: float = 1.0,
     steps: int = 120,
@@ -154,6 +155,7 @@ def main(
         strength: The largest singular values are multiplied by 1 - 2 * strength: 0.5 removes them, 1 turns them around.
         where: Where the damaged projections are: anywhere, attention, feed-forward, early or late.
         seeds: Number of runs of each allocation and damage.
+        first_seed: Seed of the first of these runs; the others have the next seeds.
         rank: Maximum rank of a projection.
         average_rank: The adapters end with as many parameters as LoRA with this rank.
         steps: Optimizer steps of a run.
@@ -168,7 +170,7 @@ def main(
     done = {(run.damage, run.seed, run.allocation): run for run in recorded}
     outcomes = []
     for damage in itertools.starmap(Damage, itertools.product(number, strength, where)):
-        for seed, allocation in itertools.product(range(seeds), ALLOCATIONS):
+        for seed, allocation in itertools.product(range(first_seed, first_seed + seeds), ALLOCATIONS):
             run = done.get((damage, seed, allocation))
             if run is None:
                 run = test.run(damage, seed, allocation)
