@@ -1,7 +1,7 @@
 """LaLoraTrainerCallback: runs the rank allocator in transformers' Trainer."""
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,15 @@ from lalora_lightning.adapters import GradientMonitor, enable_input_gradients, l
 from lalora_lightning.allocator import (
     AllocationSettings,
     RankAllocator,
+    RankHistory,
+    Reading,
     broadcast_from_first,
     leave_masks_out_of_broadcasts,
     require_condensing,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["LaLoraTrainerCallback"]
 
@@ -30,10 +35,11 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         Trainer(model, args, train_dataset=data, callbacks=[LaLoraTrainerCallback()]).train()
 
     A :class:`RankAllocator` updates the ranks after each optimizer step. Its ranks are added to the training logs as
-    ``rank/<layer>``, ``rank/total`` and ``rank/budget``. Integrations named in ``report_to`` are called before this
-    callback and do not get the ranks. Set ``report_to="none"`` instead, and add the integration's callback after this
-    one. Checkpoints contain the state that a run needs to resume. A second
-    ``train()`` continues with the ranks of the first.
+    ``rank/<layer>``, ``rank/total`` and ``rank/budget``. Steps between two logs that changed the ranks get entries of
+    their own in the Trainer's ``log_history``. Integrations named in ``report_to`` are called before this callback and
+    do not get the ranks. Set ``report_to="none"`` instead, and add the integration's callback after this one.
+    Checkpoints contain the state that a run needs to resume. A second ``train()`` continues with the ranks of the
+    first.
 
     With ``contribution="fisher"`` the gradients are read after the Trainer has clipped them.
 
@@ -59,6 +65,7 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         self.condense_to, self.condense_at = condense_to, condense_at
         self.settings = settings
         self.allocator: RankAllocator | None = None
+        self._history = RankHistory()
         self._gradients: GradientMonitor | None = None
         self.restored: dict[str, Any] | None = None
 
@@ -81,7 +88,7 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
             allocator = RankAllocator(model, **self.settings)
             if self.condense_to is not None:
                 allocator.require_condensable(self.condense_to)
-            self.allocator = allocator
+            self.allocator, self._history = allocator, RankHistory()
         require_trainable(model)
         enable_input_gradients(model)
         self._gradients = GradientMonitor(model)
@@ -98,7 +105,11 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
             )
         own = self.allocator.state_dict()
         tensors = {k: torch.tensor(restored[k], dtype=v.dtype) for k, v in own.items() if isinstance(v, Tensor)}
+        # Checkpoints of version 0.1.0 have no history.
+        history = restored.get("history", {"history": []})
+        restored = {key: value for key, value in restored.items() if key != "history"}
         self.allocator.load_state_dict({**restored, **tensors})
+        self._history.load_state_dict(history, int(self.allocator.skipped))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -116,19 +127,23 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         """Update the ranks, and condense the adapters if it is time to."""
         assert self.allocator is not None
         self.allocator.step()
-        if self.condense_to is None or self.allocator.condensed:
-            return
-        at = self.condense_at if isinstance(self.condense_at, int) else max(1, int(self.condense_at * state.max_steps))
         # The Trainer counts the step afterwards.
-        if state.global_step + 1 >= at:
+        step = state.global_step + 1
+        if self.condense_to is not None and not self.allocator.condensed and step >= self._condensing_step(state):
             agree = broadcast_from_first if args.world_size > 1 else None
             self.allocator.condense(self.condense_to, [kwargs["optimizer"]], agree)
+        self._history.note(step, step, self.allocator)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Warn if the adapters of the final model were not condensed."""
-        if self.allocator is None or self.condense_to is None:
+        """Log the last steps, and warn if the adapters of the final model were not condensed."""
+        if self.allocator is None:
+            return
+        state.log_history += self._entries()
+        # The Trainer has logged its summary of the run before.
+        state.log_history.sort(key=lambda log: log["step"])
+        if self.condense_to is None:
             return
         if not self.allocator.condensed:
             reason = f"the run ended at step {state.global_step}"
@@ -150,23 +165,61 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add ranks and budget to the logs of training."""
+        """Add ranks and budget to the logs of training, and entries for earlier steps that changed the ranks."""
         # Evaluation also calls this hook.
         if self.allocator is None or logs is None or "loss" not in logs:
             return
-        ranks, budget, _ = self.allocator.read()
-        metrics = log_keys.rank_metrics(self.allocator.layer_names, ranks, budget)
+        *earlier, metrics = self._entries() or [self._entry(self.history[-1])]
         logs.update(metrics)
         # The Trainer has already copied the logs to its history.
         state.log_history[-1].update(metrics)
+        state.log_history[-1:-1] = earlier
 
     def state(self) -> dict[str, Any]:
         """Return the state that the Trainer writes into a checkpoint as JSON."""
-        state = None if self.allocator is None else self.allocator.state_dict()
-        if state is not None:
+        state: dict[str, Any] | None = None
+        if self.allocator is not None:
+            state = self.allocator.state_dict()
             state = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in state.items()}
+            self._history.read(self.allocator)
+            state["history"] = self._history.state_dict()
         # Functions cannot be written as JSON. If group_by is missing when the run is resumed, the names of the layers
         # differ, which raises an error.
         settings = {key: value for key, value in self.settings.items() if not callable(value)}
         settings |= {"condense_to": self.condense_to, "condense_at": self.condense_at}
         return {"args": settings, "attributes": {"restored": state}}
+
+    def plot(self) -> "Figure":
+        """Draw the rank trajectories so far, see :func:`lalora_lightning.plotting.plot_rank_trajectories`.
+
+        Raises:
+            RuntimeError: Training has not started.
+        """
+        from lalora_lightning.plotting import plot_rank_trajectories
+
+        if self.allocator is None:
+            raise RuntimeError("Expected a run to plot but training has not started.")
+        self._history.read(self.allocator)
+        return plot_rank_trajectories(self._history.run(self.allocator))
+
+    @property
+    def history(self) -> list[Reading]:
+        """``(step, ranks, budget)`` of the optimizer steps up to the last log."""
+        return self._history.readings
+
+    def _entries(self) -> list[dict[str, float]]:
+        """Return the logs of the steps that have not been logged: those that changed the ranks, and the last one."""
+        assert self.allocator is not None
+        self._history.read(self.allocator)
+        return [self._entry(reading) for reading in self._history.take_unlogged().values()]
+
+    def _entry(self, reading: Reading) -> dict[str, float]:
+        assert self.allocator is not None
+        step, ranks, budget = reading
+        names, costs = self.allocator.layer_names, self.allocator.parameters_per_rank
+        return {**log_keys.rank_metrics(names, ranks, budget, costs), "step": step}
+
+    def _condensing_step(self, state: TrainerState) -> int:
+        """Return the step after which to condense."""
+        at = self.condense_at
+        return at if isinstance(at, int) else max(1, int(at * state.max_steps))

@@ -113,6 +113,33 @@ def test_transformers_trainer_gives_the_same_ranks(tmp_path: Path):
     assert last["rank/budget"] == float(callback.allocator.budget)
 
 
+def test_transformers_trainer_logs_every_change_at_its_step(tmp_path: Path):
+    """Also of a run that is saved, stopped and resumed between two logs."""
+
+    def logged(callback: LaLoraTrainerCallback, resume: bool, **settings: Any) -> dict[int, list[int]]:
+        trainer = new_transformers_trainer(tmp_path, callback, **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        logs = trainer.state.log_history
+        assert [log["step"] for log in logs] == sorted(log["step"] for log in logs)
+        names = [f"rank/model.blocks.{i}" for i in range(3)]
+        return {log["step"]: [int(log[name]) for name in names] for log in logs if names[0] in log}
+
+    expected = by_hand(None)
+    changes = {i + 1: ranks for i, ranks in enumerate(expected) if i > 0 and ranks != expected[i - 1]}
+    assert len(changes) > 4
+    callback = LaLoraTrainerCallback(gamma=1.0)
+    whole = logged(callback, False, logging_steps=20)
+    assert changes.items() <= whole.items()
+    assert [ranks for _, ranks, _ in callback.history] == expected
+    assert callback.plot().axes
+
+    logged(LaLoraTrainerCallback(gamma=1.0), False, logging_steps=20, num_train_epochs=2, save_strategy="epoch")
+    again = LaLoraTrainerCallback(gamma=1.0)
+    resumed = logged(again, True, logging_steps=20)
+    assert changes.items() <= resumed.items()
+    assert again.history == callback.history
+
+
 def test_transformers_trainer_acts_once_per_optimizer_step(tmp_path: Path):
     callback = LaLoraTrainerCallback(gamma=1.0)
     trainer = new_transformers_trainer(tmp_path, callback, gradient_accumulation_steps=3)

@@ -7,6 +7,7 @@ from lalora_lightning.allocator.broadcasts import (
     leave_masks_out_of_broadcasts,
 )
 from lalora_lightning.allocator.condensing import require_condensing
+from lalora_lightning.allocator.history import RankHistory, Reading
 from lalora_lightning.allocator.optimizer_state import reset_optimizer_state
 from lalora_lightning.allocator.settings import AllocationSettings, Contribution, ContributionScale, Growth
 
@@ -16,6 +17,8 @@ __all__ = [
     "ContributionScale",
     "Growth",
     "RankAllocator",
+    "RankHistory",
+    "Reading",
     "broadcast_from_first",
     "broadcast_masks",
     "leave_masks_out_of_broadcasts",

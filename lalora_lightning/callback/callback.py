@@ -28,6 +28,8 @@ from lalora_lightning.allocator import (
     ContributionScale,
     Growth,
     RankAllocator,
+    RankHistory,
+    Reading,
     broadcast_masks,
     leave_masks_out_of_broadcasts,
 )
@@ -35,7 +37,6 @@ from lalora_lightning.callback import compatibility
 from lalora_lightning.callback.checkpoint_hooks import AdapterCheckpoints
 from lalora_lightning.callback.checks import LearningChecks
 from lalora_lightning.callback.condensing import CondensingSchedule, steps_of
-from lalora_lightning.callback.history import RankHistory, Reading
 from lalora_lightning.callback.loggers import RunLog, costs
 from lalora_lightning.callback.precision import keep_adapters_in_float32, warn_about_half_precision
 from lalora_lightning.callback.pruning import leave_adapters_unpruned, require_unpruned_adapters
@@ -45,7 +46,6 @@ from lalora_lightning.layers import TruncatedLoRALinear
 from lalora_lightning.memory import reset_peak_memory
 from lalora_lightning.names import GroupBy, blocks_by_kind
 from lalora_lightning.report.console import rank_report
-from lalora_lightning.runs import Run
 from lalora_lightning.sparsity import layer_sparsity
 
 if TYPE_CHECKING:
@@ -399,7 +399,9 @@ class LaLoraCallback(AdapterCheckpoints):
         """
         from lalora_lightning.plotting import plot_rank_trajectories
 
-        return plot_rank_trajectories(self._run())
+        if self.allocator is None:
+            raise RuntimeError("Expected a run to plot but fit has not started, or its ranks are fixed.")
+        return plot_rank_trajectories(self._history.run(self.allocator))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -480,20 +482,13 @@ class LaLoraCallback(AdapterCheckpoints):
         steps = steps_of(trainer, settings.freeze_after, "freeze_after")
         return dataclasses.replace(settings, freeze_after=self._earlier_steps + steps)
 
-    def _run(self) -> Run:
-        """Return the run so far."""
-        if self.allocator is None or not self.history:
-            raise RuntimeError("Expected a run to plot but fit has not started, or its ranks are fixed.")
-        steps, ranks, budgets = zip(*self.history, strict=True)
-        costs = self.allocator.parameters_per_rank
-        return Run(self.allocator.layer_names, self.allocator.max_rank, steps, ranks, budgets, costs=costs)
-
     def _figures(self) -> "dict[str, Callable[[], Figure]]":
         """Return the functions that draw the figures for loggers, by the keys of the figures."""
         from lalora_lightning.plotting import plot_rank_map
 
+        assert self.allocator is not None
         figures: dict[str, Callable[[], Figure]] = {log_keys.RANK_TRAJECTORIES: self.plot}
-        run = self._run()
+        run = self._history.run(self.allocator)
         if blocks_by_kind(run.layer_names) is not None:
             figures[log_keys.RANK_MAP] = lambda: plot_rank_map(run.layer_names, run.ranks[-1], title="final ranks")
         return figures
@@ -505,7 +500,10 @@ class LaLoraCallback(AdapterCheckpoints):
     def _update_ranks(self, trainer: pl.Trainer, allocator: RankAllocator) -> None:
         """Update the ranks after an optimizer step, condense if it is time to, and note the ranks of the step."""
         allocator.step()
-        self.condensing.after_step(trainer, allocator)
+        condensation = self.condensing.after_step(trainer, allocator)
+        if condensation is not None:
+            kept = {log_keys.ENERGY_KEPT: condensation.total_energy}
+            self._log.metrics(trainer, kept, compatibility.completed_steps(trainer))
         self._history.note(trainer.global_step, compatibility.completed_steps(trainer), allocator)
 
     def _read(self) -> None:
@@ -527,12 +525,12 @@ class LaLoraCallback(AdapterCheckpoints):
             The metrics of the last step.
         """
         assert self.allocator is not None
-        names = self.allocator.layer_names
+        names, costs = self.allocator.layer_names, self.allocator.parameters_per_rank
         self._read()
         *earlier, (last_step, (_, ranks, budget)) = self._history.take_unlogged().items()
         for logged_step, (_, earlier_ranks, earlier_budget) in earlier:
-            self._log.metrics(trainer, log_keys.rank_metrics(names, earlier_ranks, earlier_budget), logged_step)
-        metrics = log_keys.rank_metrics(names, ranks, budget) | dict(others or {})
+            self._log.metrics(trainer, log_keys.rank_metrics(names, earlier_ranks, earlier_budget, costs), logged_step)
+        metrics = log_keys.rank_metrics(names, ranks, budget, costs) | dict(others or {})
         if self.log_sparsity:
             sparsity = layer_sparsity(pl_module, self.allocation_settings.group_by).tolist()
             metrics |= {log_keys.sparsity_key(name): share for name, share in zip(names, sparsity, strict=True)}

@@ -5,6 +5,7 @@ import math
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lalora_lightning.adapters import Condensation
 from lalora_lightning.allocator import RankAllocator, broadcast_from_first, require_condensing
 
 __all__ = ["CondensingSchedule", "steps_of"]
@@ -42,13 +43,14 @@ class CondensingSchedule:
         if self.average_rank is not None:
             self._step = earlier_steps + max(1, steps_of(trainer, self.at, "condense_at"))
 
-    def after_step(self, trainer: pl.Trainer, allocator: RankAllocator) -> None:
-        """Condense if it is time to."""
+    def after_step(self, trainer: pl.Trainer, allocator: RankAllocator) -> Condensation | None:
+        """Condense if it is time to, and return what was kept."""
         if self.average_rank is None or self._step is None or allocator.condensed or allocator.steps < self._step:
-            return
+            return None
         agree = broadcast_from_first if trainer.world_size > 1 else None
         condensation = allocator.condense(self.average_rank, trainer.optimizers, agree)
         rank_zero_info(f"La-LoRA: condensed after step {trainer.global_step}: {condensation}")
+        return condensation
 
     def end(self, trainer: pl.Trainer, allocator: RankAllocator | None) -> None:
         """Warn if the run was too short, unless it was a trial of one step."""

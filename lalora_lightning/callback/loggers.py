@@ -66,9 +66,10 @@ class RunLog:
 
         The charts combine scalars that are also logged one by one.
         """
-        total, budget = (key.removeprefix(log_keys.RANK_PREFIX) for key in (log_keys.RANK_TOTAL, log_keys.RANK_BUDGET))
+        totals = [log_keys.RANK_TOTAL, log_keys.RANK_BUDGET, log_keys.RANK_PARAMETERS]
+        total, budget, parameters = (key.removeprefix(log_keys.RANK_PREFIX) for key in totals)
         charts = {
-            "rank of each layer": ["Multiline", [f"{log_keys.RANK_PREFIX}(?!{total}$|{budget}$)"]],
+            "rank of each layer": ["Multiline", [f"{log_keys.RANK_PREFIX}(?!{total}$|{budget}$|{parameters}$)"]],
             "total rank and budget": ["Multiline", [f"{log_keys.RANK_PREFIX}({total}|{budget})$"]],
             "sparsity of each layer": ["Multiline", [log_keys.SPARSITY_PREFIX]],
         }

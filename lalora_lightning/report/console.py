@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lalora_lightning.adapters import condensed_parameters, lora_layers
 from lalora_lightning.names import blocks_by_kind, split_common_prefix
-from lalora_lightning.runs import Run, trimmed_bytes
+from lalora_lightning.runs import Run, parameter_totals, trimmed_bytes
 from lalora_lightning.tables import block_table, text_table
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def rank_totals(allocator: RankAllocator, model: nn.Module) -> str:
     The total and the budget are numbers of parameters if a rank of one layer costs more than one of another layer.
     """
     ranks, budget, limit = allocator.ranks.tolist(), float(allocator.budget), allocator.max_budget
-    costs = allocator.parameters_per_rank
-    run = Run(allocator.layer_names, allocator.max_rank, [allocator.steps], [ranks], [budget], costs=costs)
+    totals = parameter_totals([ranks], allocator.parameters_per_rank, allocator.max_rank)
+    run = Run(allocator.layer_names, allocator.max_rank, [allocator.steps], [ranks], [budget], **totals)
     layers = lora_layers(model).values()
     trimmed = sum(trimmed_bytes(layer.lora_A, layer.lora_B, int(layer.rank)) for layer in layers)
     whole = sum(trimmed_bytes(layer.lora_A, layer.lora_B, layer.max_rank) for layer in layers)

@@ -3,6 +3,6 @@
 from lalora_lightning.runs.adapter_size import trimmed_bytes
 from lalora_lightning.runs.logs import run_folders
 from lalora_lightning.runs.reading import read_run
-from lalora_lightning.runs.run import Run
+from lalora_lightning.runs.run import Run, parameter_totals
 
-__all__ = ["Run", "read_run", "run_folders", "trimmed_bytes"]
+__all__ = ["Run", "parameter_totals", "read_run", "run_folders", "trimmed_bytes"]

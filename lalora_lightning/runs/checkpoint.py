@@ -7,7 +7,7 @@ from typing import Any, get_args
 from lalora_lightning.files import load_file
 from lalora_lightning.names import GroupBy, group_names
 from lalora_lightning.runs.adapter_size import component_size, trimmed_bytes
-from lalora_lightning.runs.run import Run
+from lalora_lightning.runs.run import Run, parameter_totals
 from lalora_lightning.runs.settings import flat
 
 __all__ = ["read_checkpoint"]
@@ -39,6 +39,7 @@ def read_checkpoint(path: Path) -> Run:
         # The current ranks, which were not logged.
         history.append([last_step, allocator["ranks"].tolist(), float(allocator["budget"])])
     steps, ranks, budgets = zip(*history, strict=True)
+    costs = _costs(checkpoint.get("state_dict", {}), allocator["layer_names"])
     return Run(
         layer_names=allocator["layer_names"],
         max_rank=allocator["max_rank"],
@@ -46,7 +47,7 @@ def read_checkpoint(path: Path) -> Run:
         ranks=ranks,
         budgets=budgets,
         settings=flat({**checkpoint.get("hyper_parameters", {}), **checkpoint.get("datamodule_hyper_parameters", {})}),
-        costs=_costs(checkpoint.get("state_dict", {}), allocator["layer_names"]),
+        **parameter_totals(ranks, costs, allocator["max_rank"]),
         summary={
             "epoch": checkpoint.get("epoch"),
             "optimizer steps": checkpoint.get("global_step"),

@@ -10,6 +10,7 @@ from typing import Any
 from lalora_lightning.log_keys import (
     FIT_PREFIX,
     RANK_BUDGET,
+    RANK_PARAMETERS,
     RANK_PREFIX,
     RANK_TOTAL,
     SETTINGS_PREFIX,
@@ -72,7 +73,7 @@ def read_logs(path: Path) -> Run:
 def _run(metrics: _Metrics, settings: dict[str, Any], summary: dict[str, Any], source: Path) -> Run:
     """Sort logged values into ranks, budget, sparsity, costs and scores."""
     names = [key.removeprefix(RANK_PREFIX) for key in metrics if key.startswith(RANK_PREFIX)]
-    names = [name for name in names if rank_key(name) not in (RANK_TOTAL, RANK_BUDGET)]
+    names = [name for name in names if rank_key(name) not in (RANK_TOTAL, RANK_PARAMETERS, RANK_BUDGET)]
     if not names or RANK_BUDGET not in metrics:
         raise ValueError(
             f"Expected {source} to hold {rank_key('<layer>')} and {RANK_BUDGET}, which LaLoraCallback logs, but got "
@@ -86,6 +87,9 @@ def _run(metrics: _Metrics, settings: dict[str, Any], summary: dict[str, Any], s
     by_layer = [metrics.get(sparsity_key(name), {}) for name in names]
     sparsity = {step: [layer[step] for layer in by_layer] for step in steps if all(step in layer for layer in by_layer)}
     costs = {key.removeprefix(FIT_PREFIX): values for key, values in metrics.items() if key.startswith(FIT_PREFIX)}
+    parameters = metrics.get(RANK_PARAMETERS, {})
+    full_parameters = int(settings.get(f"{SETTINGS_PREFIX}.adapter_parameters") or 0)
+    known = full_parameters > 0 and all(step in parameters for step in steps)
     return Run(
         layer_names=names,
         max_rank=int(settings.get(f"{SETTINGS_PREFIX}.rank") or max(map(max, ranks))),
@@ -99,6 +103,8 @@ def _run(metrics: _Metrics, settings: dict[str, Any], summary: dict[str, Any], s
             for key, values in metrics.items()
             if not key.startswith((RANK_PREFIX, SPARSITY_PREFIX, FIT_PREFIX)) and key != "epoch" and values
         },
+        parameters=[int(parameters[step]) for step in steps] if known else (),
+        full_parameters=full_parameters if known else 0,
         summary={key: values[max(values)] for key, values in costs.items()} | summary,
     )
 

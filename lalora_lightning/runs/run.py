@@ -1,10 +1,10 @@
 """Run: the logged values of a training run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Run"]
+__all__ = ["Run", "parameter_totals"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Run:
         settings: Hyperparameters, flat: ``{"lalora.gamma": 2.0, ...}``.
         scores: ``(step, value)`` pairs of every other metric.
         summary: Values of the whole run, such as parameters, time, memory and final scores.
-        costs: L numbers of parameters of one rank, if they are known.
+        parameters: T numbers of adapter parameters, if a rank is known to cost more in some layers than in others.
+        full_parameters: Adapter parameters at the maximum rank, if ``parameters`` are known.
     """
 
     layer_names: Sequence[str]
@@ -33,12 +34,13 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
-    costs: Sequence[int] = ()
+    parameters: Sequence[int] = ()
+    full_parameters: int = 0
 
     @property
     def unit(self) -> str:
         """What totals count: ``"adapter parameters"`` if a rank costs more in some layers, else ``"rank"``."""
-        return "adapter parameters" if len(set(self.costs)) > 1 else "rank"
+        return "adapter parameters" if self.parameters else "rank"
 
     @property
     def total_name(self) -> str:
@@ -48,18 +50,18 @@ class Run:
     @property
     def totals(self) -> list[int]:
         """The total of all layers at each step, in ranks or parameters."""
-        return [sum(rank * cost for rank, cost in zip(row, self._weights, strict=True)) for row in self.ranks]
+        return list(self.parameters) or [sum(row) for row in self.ranks]
 
     @property
     def total_budgets(self) -> list[float]:
         """The budget at each step, in ranks or parameters."""
-        mean = sum(self._weights) / len(self._weights)
-        return [budget * mean for budget in self.budgets]
+        all_ranks = self.max_rank * len(self.layer_names)
+        return [budget * self.full / all_ranks for budget in self.budgets]
 
     @property
     def full(self) -> int:
         """The total if every layer has the maximum rank, as in LoRA."""
-        return self.max_rank * sum(self._weights)
+        return self.full_parameters or self.max_rank * len(self.layer_names)
 
     def describe_total(self) -> str:
         """Return the final total as text.
@@ -77,6 +79,19 @@ class Run:
         """
         return f"{self.total_budgets[-1]:,.{1 if self.unit == 'rank' else 0}f}"
 
-    @property
-    def _weights(self) -> Sequence[int]:
-        return self.costs if self.unit == "adapter parameters" else [1] * len(self.layer_names)
+
+def parameter_totals(ranks: Iterable[Sequence[int]], costs: Sequence[int], max_rank: int) -> dict[str, Any]:
+    """Return the arguments of :class:`Run` that count parameters; none if all ranks cost the same.
+
+    Args:
+        ranks: ``(T, L)``.
+        costs: Parameters of one rank of each layer; empty if they are not known.
+        max_rank: Maximum rank of a layer.
+
+    >>> parameter_totals([[1, 1], [2, 1]], [10, 30], 4)
+    {'parameters': [40, 50], 'full_parameters': 160}
+    """
+    if len(set(costs)) < 2:
+        return {}
+    totals = [sum(rank * cost for rank, cost in zip(row, costs, strict=True)) for row in ranks]
+    return {"parameters": totals, "full_parameters": max_rank * sum(costs)}

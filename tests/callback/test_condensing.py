@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, lora_layers, trim_lora
-from lalora_lightning.callback.history import RankHistory
+from lalora_lightning.allocator import RankHistory
 from lalora_lightning.runs import read_run
 from recipes.benchmarks.operations import SYNCHRONIZING, OperationCounter
 from tests.helpers.models import TinyTransformer
@@ -330,8 +330,8 @@ def test_only_logging_steps_wait_for_the_device(tmp_path: Path):
 
 
 def test_memory_stays_bounded_without_logging_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lalora_lightning.callback.history.MAX_READINGS", 40)
-    monkeypatch.setattr("lalora_lightning.callback.history.MAX_PENDING", 20)
+    monkeypatch.setattr("lalora_lightning.allocator.history.MAX_READINGS", 40)
+    monkeypatch.setattr("lalora_lightning.allocator.history.MAX_PENDING", 20)
     sizes: list[list[int]] = []
 
     class Sizes(pl.Callback):

@@ -83,7 +83,7 @@ def test_weights_that_are_not_finite_are_reported_and_change_no_rank(tmp_path: P
 
 
 def test_history_stays_short_and_keeps_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lalora_lightning.callback.history.MAX_READINGS", 10)
+    monkeypatch.setattr("lalora_lightning.allocator.history.MAX_READINGS", 10)
     callback = LaLoraCallback(rank=4)
     new_trainer(tmp_path, callback).fit(TinyClassifier(), loader())
     steps = [step for step, _, _ in callback.history]

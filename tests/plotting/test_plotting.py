@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from lalora_lightning import plotting
-from lalora_lightning.runs import Run
+from lalora_lightning.runs import Run, parameter_totals
 
 
 def new_run(layers: int = 12, points: int = 30, prefix: str = "model.encoder.layer.") -> Run:
@@ -97,7 +97,9 @@ def all_linear_run(blocks: int) -> Run:
     kinds = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj")
     names = [f"model.layers.{i}.{kind}" for i in range(blocks) for kind in kinds]
     final = [1 + i % 5 for i in range(len(names))]
-    return Run(names, 8, [0, 5], [[1] * len(names), final], [3.0 * blocks] * 2, costs=[10, 10, 20] * blocks)
+    ranks = [[1] * len(names), final]
+    totals = parameter_totals(ranks, [10, 10, 20] * blocks, 8)
+    return Run(names, 8, [0, 5], ranks, [3.0 * blocks] * 2, **totals)
 
 
 def test_the_heat_map_of_projections_is_sorted_by_kind():

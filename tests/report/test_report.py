@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -16,10 +17,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
-from torch import nn
+from torch import Tensor, nn
 
 from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, condense_lora, lora_layers
-from lalora_lightning.report import main
+from lalora_lightning.report import main, write_report
 from lalora_lightning.report.console import rank_report, rank_rows, rank_totals
 from lalora_lightning.runs import read_run, trimmed_bytes
 from lalora_lightning.sparsity import layer_sparsity
@@ -313,11 +314,49 @@ def test_a_run_of_all_projections(tmp_path: Path):
     trainer.fit(TinyClassifier(), loader())
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert {"rank/trajectories", "rank/map"} <= set(events.Tags()["images"])
-    assert read_run(tmp_path / "last.ckpt").costs == [16] * 6
+    run = read_run(tmp_path / "last.ckpt")
+    assert (run.unit, run.totals[-1]) == ("rank", sum(run.ranks[-1]))
     main([str(tmp_path / "last.ckpt"), "--output", str(tmp_path / "report")])
     page = (tmp_path / "report" / "report.html").read_text()
     assert "<tr><th>block</th><th>query</th><th>value</th></tr>" in page
     assert {path.stem for path in (tmp_path / "report").glob("*.png")} == {"rank-trajectories", "rank-map"}
+
+
+class Unequal(nn.Module):
+    """A rank of `wide` costs 24 parameters, one of `narrow` 20."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.head = nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.narrow(self.wide(x)).mean(1))
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_parameters_and_energy_are_read_from_logs(tmp_path: Path, kind: Any):
+    """Also by page and figures, as from the callback itself."""
+    logger = kind(tmp_path, "", "logs")
+    settings: Any = {"target_modules": ["wide", "narrow"], "modules_to_save": ["head"], "group_by": "module"}
+    callback = LaLoraCallback(rank=4, condense_to=1.5, condense_at=5, fixed_ranks=True, **settings)
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    trainer = new_trainer(
+        tmp_path, callback, checkpoint, enable_checkpointing=True, logger=logger, max_epochs=2, log_every_n_steps=3
+    )
+    module = TinyClassifier()
+    module.model = Unequal()
+    trainer.fit(module, loader())
+    run, saved = read_run(tmp_path / "logs"), read_run(tmp_path / "last.ckpt")
+    ranks = dict(zip(run.layer_names, run.ranks[-1], strict=True))
+    narrow, wide = (ranks[name] for name in sorted(ranks))
+    assert 24 * wide + 20 * narrow <= 1.5 * 44
+    assert (run.unit, run.totals[-1], run.full) == ("adapter parameters", 24 * wide + 20 * narrow, 4 * 44)
+    assert (saved.totals[-1], saved.full) == (run.totals[-1], run.full)
+    assert run.total_budgets[-1] == pytest.approx(run.totals[-1])
+    assert 0 < run.summary["energy_kept"] < 1
+    page = write_report(tmp_path / "logs", tmp_path / "report").read_text()
+    assert f"<td>adapter parameters</td><td>{run.describe_total()}</td>".replace("'", "&#x27;") in page
+    assert "<td>energy_kept</td>" in page
 
 
 @pytest.mark.parametrize(("length", "bar"), [(20, True), (40, False), (90, False)])

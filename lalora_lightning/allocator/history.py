@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lalora_lightning.allocator import RankAllocator
+from lalora_lightning.allocator.allocator import RankAllocator
+from lalora_lightning.runs import Run, parameter_totals
 
 __all__ = ["MAX_PENDING", "MAX_READINGS", "RankHistory", "Reading", "thinned"]
 
@@ -31,9 +32,9 @@ class RankHistory:
     def __init__(self) -> None:
         self.readings: list[Reading] = []
         self.skipped = 0
-        # Still on the device: optimizer step, Lightning's step for logging, ranks and budget.
+        # Still on the device: optimizer step, the Trainer's step for logging, ranks and budget.
         self._pending: list[tuple[int, int | None, Tensor, Tensor]] = []
-        # Read but not logged, by Lightning's step for logging.
+        # Read but not logged, by the Trainer's step for logging.
         self._unlogged: dict[int, Reading] = {}
 
     def note(self, step: int, logged_step: int | None, allocator: RankAllocator) -> None:
@@ -41,7 +42,7 @@ class RankHistory:
 
         Args:
             step: Optimizer step.
-            logged_step: Lightning's step for logging; None for a step that is not logged.
+            logged_step: The Trainer's step for logging; None for a step that is not logged.
             allocator: The allocator after this step.
         """
         self._pending.append((step, logged_step, allocator.ranks, allocator.budget))
@@ -71,7 +72,7 @@ class RankHistory:
         return not self._pending and not self._unlogged
 
     def take_unlogged(self) -> dict[int, Reading]:
-        """Return the steps to log by Lightning's step for logging, the last one last, and regard them as logged.
+        """Return the steps to log by the Trainer's step for logging, the last one last, and regard them as logged.
 
         Steps where no rank changes are left out.
         """
@@ -81,6 +82,18 @@ class RankHistory:
     def drop_unlogged(self) -> None:
         """Regard all steps as logged."""
         self._unlogged.clear()
+
+    def run(self, allocator: RankAllocator) -> Run:
+        """Return the run so far, for figures.
+
+        Raises:
+            RuntimeError: Nothing has been read yet.
+        """
+        if not self.readings:
+            raise RuntimeError("Expected a run to plot but no ranks have been read yet; train first.")
+        steps, ranks, budgets = zip(*self.readings, strict=True)
+        totals = parameter_totals(ranks, allocator.parameters_per_rank, allocator.max_rank)
+        return Run(allocator.layer_names, allocator.max_rank, steps, ranks, budgets, **totals)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what has been read."""
