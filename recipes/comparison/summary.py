@@ -98,8 +98,11 @@ def summarize(records: Iterable[Record], baseline: str = REFERENCE) -> list[Row]
 
 
 def markdown(rows: Sequence[Row], baseline: str = REFERENCE) -> str:
-    """Return a Markdown section for each comparison, with a table of scores and one of scores by learning rate."""
-    sections = []
+    """Return a Markdown section for each comparison, with a table of scores and one of scores by learning rate.
+
+    If there are several, a table of all of them comes first.
+    """
+    sections = [_overview(rows, baseline)] if len(_comparisons(rows)) > 1 else []
     for comparison in _comparisons(rows):
         first = comparison[0]
         metric = first.metric.removeprefix("test/")
@@ -226,6 +229,29 @@ def _choice(protocol: Record) -> str:
     return f"learning rate of each method chosen among {listed} and beyond"
 
 
+def _overview(rows: Sequence[Row], baseline: str) -> str:
+    """Return a table of methods by task: the scores of the baseline, and the differences of the other methods to it."""
+    comparisons = _comparisons(rows)
+    methods = sorted(dict.fromkeys(row.method for row in rows), key=lambda method: method != baseline)
+    table = []
+    for method in methods:
+        found = [[row for row in comparison if row.method == method] for comparison in comparisons]
+        show = _score if method == baseline else _difference
+        table.append([method, *(show(row[0]) if row else "" for row in found)])
+    header = ["method", *(comparison[0].task for comparison in comparisons)]
+    title = f"Scores of {baseline}, and differences of the other methods to it with their 95% intervals"
+    return f"## All tasks\n\n{title}\n\n{markdown_table(header, table, left=[0])}\n"
+
+
+def _score(row: Row) -> str:
+    return f"{row.score:.1f}" + ("" if row.spread is None else f" +- {row.spread:.1f}")
+
+
+def _difference(row: Row) -> str:
+    difference = "" if row.difference is None else f"{row.difference:+.1f}"
+    return difference if row.low is None else f"{difference} ({row.low:+.1f} to {row.high:+.1f})"
+
+
 def _rate_table(rows: Sequence[Row]) -> str:
     rates = sorted({rate for row in rows for rate in row.selection_scores})
     table = []
@@ -241,16 +267,13 @@ def _rate_table(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row, baseline: str) -> list[str]:
-    difference = "" if row.difference is None else f"{row.difference:+.1f}"
-    if row.low is not None:
-        difference += f" ({row.low:+.1f} to {row.high:+.1f})"
     deployed = row.final_parameters if row.deployed_parameters is None else row.deployed_parameters
     return [
         row.method,
         f"{deployed:,.0f}",
-        f"{row.score:.1f}" + ("" if row.spread is None else f" +- {row.spread:.1f}"),
+        _score(row),
         f"{row.worst:.1f}",
-        "" if row.method == baseline else difference,
+        "" if row.method == baseline else _difference(row),
         str(row.seeds),
         f"{row.trainable_parameters:,}",
         "" if row.total_rank is None else f"{row.total_rank:.1f}",

@@ -61,7 +61,8 @@ def test_table():
     assert (head.spread, head.total_rank) == (None, None)
     assert (alone.pairs, alone.difference) == (0, None)
 
-    table = markdown([lora, lalora, head, alone]).splitlines()
+    text = markdown([lora, lalora, head, alone])
+    table = text[text.index("## digits") :].splitlines()
     assert table[:3] == ["## digits", "", "steps 3; shared learning rate 0.005; precision 32-true"]
     assert table[6:9] == [
         "| lora | 800 | 55.0 +- 7.1 | 50.0 |  | 2 | 1,000 | 16.0 | 2.5 | 100 | 0.005 |",
@@ -70,6 +71,20 @@ def test_table():
     ]
     assert table[10] == "## cifar10"
     assert table[16] == "| head | 800 | 30.0 | 30.0 |  | 1 | 1,000 |  | 2.0 | 100 | 0.005 |"
+
+
+def test_all_tasks_together():
+    """The baseline first, with its scores; then the differences to it, where it was run."""
+    overview = markdown(summarize(RECORDS)).split("## ")[1].splitlines()
+    assert overview[0] == "All tasks"
+    assert overview[4:9] == [
+        "| method | digits | cifar10 |",
+        "| --- | ---: | ---: |",
+        "| lora | 55.0 +- 7.1 |  |",
+        "| lalora | +1.0 (-11.7 to +13.7) |  |",
+        "| head | -20.0 |  |",
+    ]
+    assert "All tasks" not in markdown(summarize(RECORDS[:4]))
 
 
 def test_another_baseline():
