@@ -23,7 +23,7 @@ from lalora_lightning.saving.full_modules import (
 from lalora_lightning.saving.model_card import model_card
 from lalora_lightning.saving.peft_config import adapter_config
 from lalora_lightning.saving.peft_folder import KEY_PREFIX, write_folder
-from lalora_lightning.saving.peft_names import require_saved_apart, saved_with, target_modules
+from lalora_lightning.saving.peft_names import require_saved_apart, saved_with, target_modules, with_namesakes
 from lalora_lightning.saving.wrappers import model_itself
 from lalora_lightning.sharding import gathered
 
@@ -54,8 +54,10 @@ def save_peft_adapter(
     know one alpha for all layers: without a warning, they scale layers of a lower rank up. SGLang and transformers'
     hotswap refuse different ranks.
 
-    Layers of rank 0 are left out. ``target_modules`` has the shortest names that select exactly the exported layers,
-    such as ``["q_proj", "v_proj"]``.
+    ``target_modules`` has the shortest names that select exactly the exported layers, such as ``["q_proj", "v_proj"]``.
+    Layers of rank 0 are left out, with one exception: in the uniform form, those that share such a name with an
+    exported layer are padded like it, because the name stays short, and some engines know no other names. Export before
+    ``trim_lora``, which removes layers of rank 0.
 
     Args:
         model: The adapted model itself, not the LightningModule around it, because names have to be those of the base
@@ -73,12 +75,14 @@ def save_peft_adapter(
         FileExistsError: The folder is not empty.
     """
     model = model_itself(model)
-    layers = require_lora_layers(model)
-    layers = {name: layer for name, layer in layers.items() if layer.rank > 0}
-    if not layers:
+    adapted, modules = require_lora_layers(model), base_modules(model)
+    names = [name for name, layer in adapted.items() if layer.rank > 0]
+    if not names:
         raise ValueError("Expected adapters to export but all of them have rank 0.")
+    if uniform is not False:
+        names = with_namesakes(names, adapted, modules)
+    layers = {name: adapted[name] for name in names}
     _require_exportable(model, layers)
-    modules = base_modules(model)
     trained = trained_modules(modules)
     if "" in trained:
         raise ValueError("Expected trained parameters to be in submodules but the model has some of its own.")

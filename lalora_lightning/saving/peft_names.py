@@ -11,7 +11,7 @@ from typing import Any
 
 from lalora_lightning.names import endings
 
-__all__ = ["exact_pattern", "pattern_value", "require_saved_apart", "saved_with", "target_modules"]
+__all__ = ["exact_pattern", "pattern_value", "require_saved_apart", "saved_with", "target_modules", "with_namesakes"]
 
 
 def target_modules(targets: Collection[str], names: Iterable[str]) -> list[str] | str:
@@ -23,11 +23,25 @@ def target_modules(targets: Collection[str], names: Iterable[str]) -> list[str] 
         targets: Names of the adapted modules.
         names: Names of all modules of the base model.
     """
-    others = {end for name in names if name not in targets for end in endings(name)}
-    shortest = [next((end for end in endings(target) if end not in others), None) for target in targets]
+    shortest = set(_shortest_ends(targets, names).values())
     if None in shortest:
         return "|".join(map(re.escape, targets))
-    return sorted({end for end in shortest if end is not None})
+    return sorted(end for end in shortest if end is not None)
+
+
+def with_namesakes(targets: Collection[str], adapted: Collection[str], names: Iterable[str]) -> list[str]:
+    """Return the targets and all other adapted modules that have the same shortest names, in the order of ``adapted``.
+
+    These names select the result, and would not select the targets alone.
+
+    Args:
+        targets: Some of the adapted modules.
+        adapted: Names of the adapted modules.
+        names: Names of all modules of the base model.
+    """
+    shortest = _shortest_ends(adapted, names)
+    wanted = {shortest[target] for target in targets} - {None}
+    return [name for name in adapted if name in targets or shortest[name] in wanted]
 
 
 def exact_pattern(name: str, names: Iterable[str]) -> str:
@@ -103,6 +117,12 @@ _ADVICE = (
     "use lora_state_dict(model), or merge_lora(model, remove=True) and save the whole model; or rename the module in "
     "the code of the model."
 )
+
+
+def _shortest_ends(targets: Collection[str], names: Iterable[str]) -> dict[str, str | None]:
+    """Return the shortest end of each target that is no end of another module, or None."""
+    others = {end for name in names if name not in targets for end in endings(name)}
+    return {target: next((end for end in endings(target) if end not in others), None) for target in targets}
 
 
 def _pattern(key: str) -> re.Pattern[str]:

@@ -93,7 +93,7 @@ def test_families(build: Callable[[], nn.Module], targets: str | None, condensed
     restored = []
     for uniform in (True, False):
         load_peft_adapter(again := copy.deepcopy(base), tmp_path / str(uniform))
-        restored.append(ranks(again))
+        restored.append({name: rank for name, rank in ranks(again).items() if rank})
     slices = {name: len(layer.out_slices) for name, layer in lora_layers(model).items()}
     assert restored[0] == restored[1] == {name: slices[name] * rank for name, rank in ranks(model).items() if rank}
 
@@ -140,9 +140,15 @@ def test_a_component_whose_b_is_zero_is_no_padding(tmp_path: Path):
     assert ranks(base) == ranks(model)
 
 
-@pytest.mark.parametrize("uniform", [True, False])
-def test_layers_of_rank_0(uniform: bool, tmp_path: Path):
-    """They are left out, and the names select the others only."""
+@pytest.mark.parametrize(
+    ("uniform", "targets", "padded"),
+    [
+        (True, ["q_proj", "v_proj"], {"model.layers.1.self_attn.v_proj": 0}),
+        (False, ["0.self_attn.v_proj", "q_proj"], {}),
+    ],
+)
+def test_layers_of_rank_0(uniform: bool, targets: list[str], padded: dict[str, int], tmp_path: Path):
+    """In the uniform form, they are padded where that keeps the names short. Otherwise they are left out."""
     base, model = trained(families.llama, target_modules=["q_proj", "k_proj", "v_proj"])
     layers = lora_layers(model)
     for i in range(2):
@@ -153,10 +159,21 @@ def test_layers_of_rank_0(uniform: bool, tmp_path: Path):
     config, tensors = config_of(tmp_path), load_file(tmp_path / "adapter_model.safetensors")
     load_peft_adapter(base, tmp_path)
     expected = {"model.layers.0.self_attn.q_proj": 1, "model.layers.0.self_attn.v_proj": 3}
-    expected |= {"model.layers.1.self_attn.q_proj": 4}
-    assert config["target_modules"] == ["0.self_attn.v_proj", "q_proj"]
+    expected |= {"model.layers.1.self_attn.q_proj": 4, **padded}
+    assert config["target_modules"] == targets
     assert ranks(base) == expected
     assert len(tensors) == 2 * len(expected)
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_layers_of_rank_0_in_blocks_of_which_only_some_are_adapted(uniform: bool, tmp_path: Path):
+    """No name is short, so that the padding would be of no use."""
+    base, model = trained(families.llama, target_modules=r"model\.layers\.1\.self_attn\.[qkv]_proj")
+    lora_layers(model)["model.layers.1.self_attn.k_proj"].set_rank(0)
+    save_peft_adapter(model, tmp_path, uniform=uniform)
+    assert config_of(tmp_path)["target_modules"] == ["1.self_attn.q_proj", "1.self_attn.v_proj"]
+    assert difference(base, model, tmp_path) <= 1e-6
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 4
 
 
 def test_an_adapter_that_is_zero_has_rank_0(tmp_path: Path):
@@ -185,9 +202,11 @@ def test_nothing_but_rank_0(tmp_path: Path):
         save_peft_adapter(model, tmp_path)
 
 
-def test_both_forms_of_a_trimmed_model(tmp_path: Path):
+def test_both_forms_of_a_condensed_and_trimmed_model(tmp_path: Path):
     base, model = trained(families.llama, condensed=True, target_modules="all-linear")
     assert 0 in ranks(model).values()
+    save_peft_adapter(model, tmp_path / "untrimmed")
+    assert not [name for name in config_of(tmp_path / "untrimmed")["target_modules"] if "." in name]
     trim_lora(model)
     for uniform in (True, False):
         save_peft_adapter(model, tmp_path / str(uniform), uniform=uniform)

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from lalora_lightning import add_lora, load_peft_adapter, lora_layers, save_peft_adapter
-from lalora_lightning.saving.peft_names import exact_pattern, pattern_value, target_modules
+from lalora_lightning.saving.peft_names import exact_pattern, pattern_value, target_modules, with_namesakes
 
 X = torch.linspace(-1, 1, 24).view(3, 8)
 
@@ -139,3 +139,15 @@ def test_targets_have_the_shortest_names_that_select_nothing_else():
     assert target_modules(["a.q", "inner.a.q", "b.v"], names) == ["a.q", "b.v"]
     assert target_modules(["inner.a.q", "b.q", "a.v", "b.v"], names) == ["b.q", "inner.a.q", "v"]
     assert target_modules(["a.q", "b.q"], names) == r"a\.q|b\.q"
+
+
+def test_namesakes_keep_the_names_of_the_targets_short():
+    names = ["", "a", "a.q", "a.v", "b", "b.q", "b.v", "b.k"]
+    adapted = ["a.q", "a.v", "b.q", "b.k"]
+    assert with_namesakes(["a.q"], adapted, names) == ["a.q", "b.q"]
+    assert target_modules(["a.q", "b.q"], names) == ["q"]
+    # b.v is not adapted, so that a.v needs its whole name.
+    assert with_namesakes(["a.v", "b.q"], adapted, names) == ["a.q", "a.v", "b.q"]
+    assert with_namesakes(["b.k"], adapted, names) == ["b.k"]
+    # No names but a regular expression select inner.q without b.inner.q, and q without a.q.
+    assert with_namesakes(["q"], ["q", "inner.q"], ["q", "a.q", "inner.q", "b.inner.q"]) == ["q"]
