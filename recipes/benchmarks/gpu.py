@@ -58,7 +58,9 @@ METHODS = {
         "floor",
     ),
     # The allocator runs outside of the compiled code, so that its time adds to that of our layers.
-    "compiled": ("PEFT LoRA", "our layers", "our layers, not fused", "PEFT DoRA", "PEFT AdaLoRA"),
+    "compiled": ("PEFT LoRA", "our layers", "our layers, not fused", "PEFT AdaLoRA"),
+    # The code of DoRA breaks the graph. After that, torch compiles other models in other pieces, since they share code.
+    "compiled, alone": ("PEFT DoRA",),
 }
 """Methods of ``training.BUILDERS`` by mode, the most important first: the last ones are skipped if time runs out."""
 
@@ -171,7 +173,8 @@ class Run:
             "settings": {
                 **asdict(sizes),
                 "precision": "bf16: frozen weights in bfloat16, adapters in float32",
-                "order": "methods share the frozen weights and run in turn, a step each; ratios within a repetition",
+                "order": "methods share the frozen weights and run in turn, a step each; ratios within a repetition; "
+                "no ratio of what is compiled alone",
                 "times": "[lower quartile, median, upper quartile] of synchronized wall time",
                 "memory": "peak MiB" if device.type == "cuda" else "MiB saved for backward",
                 "minutes": minutes,
@@ -256,7 +259,7 @@ def parts(sizes: Sizes) -> list[Part]:
         Part({"quantity": "allocator step"}, _measure_allocator),
         Part({"quantity": "condensing"}, _measure_condensing),
         Part({"quantity": "inference"}, _measure_inference, _NEEDED_GIB.get(sizes.inference[0], 0.0)),
-        *(_training_part("compiled", *size) for size in sizes.training),
+        *(_training_part(mode, *size) for mode in ("compiled", "compiled, alone") for size in sizes.training),
     ]
 
 
@@ -279,7 +282,7 @@ def _measure_training(labels: dict[str, Any], shape: Shape, batch: int, length: 
         # The other methods' adapters and optimizers are no part of this method's memory.
         others = allocated_mib(run.device) - shared
         built, optimizer, after = BUILDERS[name](model, 8, 0.0, False)
-        if labels["mode"] == "compiled":
+        if labels["mode"] != "eager":
             built.compile(backend=run.sizes.compiler)
         step = functools.partial(train_step, built, optimizer, after, inputs, False)
         first = timed(step, run.device)

@@ -26,6 +26,7 @@ def test_everything_is_measured_and_rendered(
 ):
     few = ("PEFT LoRA", "our layers", "our layers, not fused")
     monkeypatch.setitem(gpu.METHODS, "compiled", few)
+    monkeypatch.setitem(gpu.METHODS, "compiled, alone", ("PEFT AdaLoRA",))
     output = tmp_path / "new" / "out.json"
     gpu.main(output, tiny=True)
     tables = capsys.readouterr().out
@@ -37,7 +38,8 @@ def test_everything_is_measured_and_rendered(
     assert [r["method"] for r in steps["eager"]] == list(gpu.METHODS["eager"])
     assert set(gpu.METHODS["eager"]) == set(training.BUILDERS)
     assert [r["method"] for r in steps["compiled"]] == list(few)
-    for mode in gpu.METHODS:
+    assert [(r["method"], r["ratios"]) for r in steps["compiled, alone"]] == [("PEFT AdaLoRA", {})]
+    for mode in ("eager", "compiled"):
         by_method = {r["method"]: r for r in steps[mode]}
         assert [by_method[name]["fused"] for name in few] == [None, True, False]
         for record in steps[mode]:
@@ -112,10 +114,10 @@ def test_what_there_is_no_memory_for_is_recorded_as_skipped(tmp_path: Path, monk
     done = []
     for part in gpu.parts(gpu.FULL):
         run.attempt(part.labels, lambda: done.append(1), part.needed_gib)
-    assert [r["shape"] for r in run.report["records"] if r["quantity"] == "training step"] == ["llama-7b", "llama-7b"]
+    assert [r["shape"] for r in run.report["records"] if r["quantity"] == "training step"] == ["llama-7b"] * 3
     assert {r["reason"] for r in run.report["records"]} == {"needs 20 GiB, 7.5 GiB are free"}
-    # The training steps of the two small models in both modes, the allocator, and condensing.
-    assert len(done) == 6
+    # The training steps of the two small models in three modes, the allocator, and condensing.
+    assert len(done) == 8
 
 
 def test_without_a_gpu_only_tiny_models_are_measured(tmp_path: Path):
