@@ -5,7 +5,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,21 +13,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
     LlamaConfig,
-    LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
-    RobertaModel,
     ViTConfig,
-    ViTModel,
 )
+
+from lalora_lightning import lora_layers
 
 __all__ = [
     "TARGETS",
     "Shape",
+    "allocated_mib",
     "build_inputs",
     "build_model",
+    "call_base_layers",
     "default_device",
     "interleave",
     "machine",
@@ -35,10 +38,11 @@ __all__ = [
     "ratios",
     "share_weights",
     "spread",
+    "timed",
     "write_json",
 ]
 
-Shape = Literal["roberta-base", "vit-base", "llama-7b", "llama-small"]
+Shape = Literal["roberta-base", "vit-base", "llama-7b", "llama-small", "roberta-tiny", "vit-tiny", "llama-tiny"]
 
 TARGETS = {"roberta": ["query", "value"], "vit": ["q_proj", "v_proj"], "llama": ["q_proj", "v_proj"]}
 """Names of query and value for PEFT, by model type."""
@@ -47,25 +51,31 @@ TARGETS = {"roberta": ["query", "value"], "vit": ["q_proj", "v_proj"], "llama": 
 def build_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Return a frozen model of this shape with random weights, in training mode without dropout.
 
-    Speed and memory do not depend on the values of the weights. ``llama-small`` has 8 layers of width 512.
+    Speed and memory do not depend on the values of the weights. They are created on the device in the given type.
+    ``llama-small`` has 8 layers of width 512. The shapes called tiny are for trying a benchmark.
     """
     no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    configs: dict[str, Callable[[], tuple[type[PreTrainedModel], PretrainedConfig]]] = {
-        "roberta-base": lambda: (
-            RobertaModel,
-            RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, **no_dropout),
+    tiny: dict[str, Any] = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    }  # fmt: skip
+    configs: dict[str, Callable[[], PretrainedConfig]] = {
+        "roberta-base": lambda: RobertaConfig(
+            vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, **no_dropout
         ),
-        "vit-base": lambda: (ViTModel, ViTConfig(**no_dropout)),
-        "llama-7b": lambda: (LlamaForCausalLM, LlamaConfig()),
-        "llama-small": lambda: (
-            LlamaForCausalLM,
-            LlamaConfig(hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8),
+        "vit-base": lambda: ViTConfig(**no_dropout),
+        "llama-7b": lambda: LlamaConfig(use_cache=False),
+        "llama-small": lambda: LlamaConfig(
+            hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8, use_cache=False
         ),
+        "roberta-tiny": lambda: RobertaConfig(vocab_size=100, **tiny, **no_dropout),
+        "vit-tiny": lambda: ViTConfig(image_size=16, patch_size=8, **tiny, **no_dropout),
+        "llama-tiny": lambda: LlamaConfig(vocab_size=100, use_cache=False, **tiny),
     }
-    model_class, config = configs[shape]()
+    config = configs[shape]()
+    model_class: Any = AutoModelForCausalLM if config.model_type == "llama" else AutoModel
     with torch.device(device):
-        model: Any = model_class(config)
-    return model.to(dtype).requires_grad_(False).train()
+        model = model_class.from_config(config, dtype=dtype)
+    return model.requires_grad_(False).train()
 
 
 def build_inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[str, Tensor]:
@@ -76,9 +86,24 @@ def build_inputs(model: PreTrainedModel, batch_size: int, length: int) -> dict[s
     return {"input_ids": torch.randint(5, model.config.vocab_size, (batch_size, length), device=model.device)}
 
 
-def share_weights(model: nn.Module) -> Any:
-    """Return a copy that shares the weights of the model, so that many methods fit into memory at once."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+def share_weights(model: nn.Module, own: Collection[Tensor] = ()) -> Any:
+    """Return a copy that shares the weights of the model, so that many methods fit into memory at once.
+
+    Args:
+        model: The model.
+        own: Weights that the copy does not share, because they will be changed.
+    """
+    copied = {id(p) for p in own}
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in copied})
+
+
+def call_base_layers(model: nn.Module) -> None:
+    """Let adapted layers call their base layer and add the adapter in plain autograd, without the fused kernels.
+
+    They do the same for base layers that are not plain.
+    """
+    for layer in lora_layers(model).values():
+        layer.forward = layer._call_base_layer  # type: ignore[method-assign]
 
 
 def interleave(
@@ -97,16 +122,29 @@ def interleave(
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
+    if not names:
+        return {}
     for repeat in tqdm(range(-warmup, repeats), desc="repeats"):
         # Each repetition starts with another step, so that no step has a fixed position.
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            _synchronize(device)
-            start = time.perf_counter()
-            steps[name]()
-            _synchronize(device)
+            took = timed(steps[name], device)
             if repeat >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took)
     return seconds
+
+
+def timed(step: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds that a step takes; the device is synchronized before and after it."""
+    _synchronize(device)
+    start = time.perf_counter()
+    step()
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def allocated_mib(device: torch.device) -> float:
+    """Return the memory of a GPU that tensors take now, in MiB; 0 on a CPU."""
+    return torch.cuda.memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
 
 
 def ratios(seconds: Mapping[str, list[float]], reference: str) -> dict[str, tuple[float, float, float]]:

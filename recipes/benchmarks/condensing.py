@@ -5,7 +5,6 @@ The backbone is on the meta device. Only the adapters have values, because conde
     python -m recipes.benchmarks.condensing
 """
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch import nn
 from lalora_lightning import add_lora, condense_lora, lora_layers
 from lalora_lightning.memory import peak_memory_mib, reset_peak_memory
 from lalora_lightning.tables import text_table
-from recipes.benchmarks.common import Shape, build_model, default_device, machine, quartiles, spread, write_json
+from recipes.benchmarks.common import Shape, build_model, default_device, machine, quartiles, spread, timed, write_json
 
-__all__ = ["build", "main"]
+__all__ = ["build", "main", "measure"]
 
 # The largest last: the peak memory of a process on a CPU never falls.
 _SHAPES: tuple[tuple[Shape, int], ...] = (
@@ -40,29 +39,10 @@ def main(repeats: int = 3, shapes: tuple[tuple[Shape, int], ...] = _SHAPES, json
         json: File for the results.
     """
     device = default_device()
-    results: list[dict[str, Any]] = []
-    for shape, rank in shapes:
-        model, adapter_mib = build(shape, rank, device)
-        reset_peak_memory(device)
-        before = peak_memory_mib(device) or 0.0
-        seconds = []
-        for _ in range(repeats):
-            for layer in lora_layers(model).values():
-                layer.set_rank(rank)
-            start = time.perf_counter()
-            condense_lora(model, average_rank=rank / 2)
-            seconds.append(time.perf_counter() - start)
-        results.append(
-            {
-                "shape": shape,
-                "rank": rank,
-                "projections": len(lora_layers(model)),
-                "adapter MiB": adapter_mib,
-                "seconds": quartiles(seconds),
-                "additional MiB": max((peak_memory_mib(device) or 0.0) - before, 0.0),
-            }
-        )
+    results = [measure(shape, rank, repeats, device) for shape, rank in shapes]
     columns = ("shape", "rank", "projections", "adapter MiB", "seconds", "additional MiB")
+    for result in results:
+        result["seconds"] = quartiles(result["seconds"])
     rows = [
         [r["shape"], *(f"{r[key]:.0f}" for key in columns[1:4]), spread(r["seconds"]), f"{r['additional MiB']:.0f}"]
         for r in results
@@ -70,6 +50,30 @@ def main(repeats: int = 3, shapes: tuple[tuple[Shape, int], ...] = _SHAPES, json
     print(f"\nCondensing all linear layers to half of the ranks; {machine(device)}\n")
     print(text_table(columns, rows))
     write_json(json, {"machine": machine(device), "results": results})
+
+
+def measure(shape: Shape, rank: int, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Condense the adapters of all linear layers to half of the ranks, repeatedly.
+
+    Returns:
+        The sizes, the seconds of each run, and the additional memory in MiB.
+    """
+    model, adapter_mib = build(shape, rank, device)
+    reset_peak_memory(device)
+    before = peak_memory_mib(device) or 0.0
+    seconds = []
+    for _ in range(repeats):
+        for layer in lora_layers(model).values():
+            layer.set_rank(rank)
+        seconds.append(timed(lambda: condense_lora(model, average_rank=rank / 2), device))
+    return {
+        "shape": shape,
+        "rank": rank,
+        "projections": len(lora_layers(model)),
+        "adapter MiB": adapter_mib,
+        "seconds": seconds,
+        "additional MiB": max((peak_memory_mib(device) or 0.0) - before, 0.0),
+    }
 
 
 def build(shape: Shape, rank: int, device: torch.device) -> tuple[nn.Module, float]:

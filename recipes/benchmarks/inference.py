@@ -4,10 +4,9 @@ python -m recipes.benchmarks.inference
 python -m recipes.benchmarks.inference --shape llama-7b --precision bf16 --json out.json
 """
 
-import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +17,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lalora_lightning import add_lora, lora_layers, merge_lora, trim_lora
+from lalora_lightning.layers.linear_kinds import linear_parameter
 from lalora_lightning.tables import text_table
 from recipes.benchmarks.common import (
     TARGETS,
     Shape,
     build_inputs,
     build_model,
+    call_base_layers,
     default_device,
     interleave,
     machine,
@@ -33,7 +34,7 @@ from recipes.benchmarks.common import (
     write_json,
 )
 
-__all__ = ["build_ours", "build_peft", "generate", "held_mib", "main"]
+__all__ = ["build_models", "build_ours", "build_peft", "generate", "held_mib", "main", "measure"]
 
 
 def main(
@@ -62,30 +63,14 @@ def main(
     device = default_device()
     model = build_model(shape, device, torch.bfloat16 if precision == "bf16" else torch.float32).eval()
     inputs = build_inputs(model, batch_size, prompt)["input_ids"]
-    models: dict[str, nn.Module] = {
-        "base": model,
-        "PEFT LoRA": build_peft(model, rank),
-        "La-LoRA": build_ours(model, rank),
-    }
-    models["La-LoRA trimmed"] = build_ours(model, rank)
-    trim_lora(models["La-LoRA trimmed"])
-    # These are copies, because merging changes the weights that the other models share.
-    for name, remove in (("La-LoRA merged", False), ("La-LoRA merged, remove=True", True)):
-        models[name] = copy.deepcopy(models["La-LoRA"])
-        merge_lora(models[name], remove=remove)
-
-    latencies: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-
-    def run(name: str) -> Callable[[], None]:
-        return lambda: latencies[name].append(generate(models[name], inputs, tokens))
-
-    whole = interleave({name: run(name) for name in models}, repeats, device)
-    relative = ratios(whole, "base")
+    models = build_models(model, rank)
+    series = measure(models, inputs, tokens, repeats, device)
+    relative = ratios(series["whole"], "base")
     results: dict[str, dict[str, Any]] = {
         name: {
-            "time to first token": [first for first, _ in latencies[name][-repeats:]],
-            "inter-token latency": [rest for _, rest in latencies[name][-repeats:]],
-            "tokens per second": batch_size * tokens / statistics.median(whole[name]),
+            "time to first token": series["first token"][name],
+            "inter-token latency": series["later token"][name],
+            "tokens per second": batch_size * tokens / statistics.median(series["whole"][name]),
             "ratio to base": relative[name],
             "weights MiB": held_mib(models[name]),
         }
@@ -109,6 +94,49 @@ def main(
     print(text_table(header, rows))
     settings = {"shape": shape, "batch_size": batch_size, "prompt": prompt, "tokens": tokens, "rank": rank}
     write_json(json, {"settings": {**settings, "precision": precision, "machine": machine(device)}, "models": results})
+
+
+def build_models(model: PreTrainedModel, rank: int) -> dict[str, nn.Module]:
+    """Return the base model, PEFT's LoRA, and La-LoRA as it is, without the fused kernels, trimmed and merged.
+
+    They share the weights of the base model. Merged models have adapted weights of their own.
+    """
+    models: dict[str, nn.Module] = {"base": model, "PEFT LoRA": build_peft(model, rank)}
+    models["La-LoRA"] = ours = build_ours(model, rank)
+    models["La-LoRA, not fused"] = build_ours(model, rank)
+    call_base_layers(models["La-LoRA, not fused"])
+    models["La-LoRA trimmed"] = build_ours(model, rank)
+    trim_lora(models["La-LoRA trimmed"])
+    adapted = [linear_parameter(layer.base_layer) for layer in lora_layers(ours).values()]
+    for name, remove in (("La-LoRA merged", False), ("La-LoRA merged, remove=True", True)):
+        models[name] = share_weights(ours, own=adapted)
+        merge_lora(models[name], remove=remove)
+    return models
+
+
+def measure(
+    models: Mapping[str, nn.Module], inputs: torch.Tensor, tokens: int, repeats: int, device: torch.device
+) -> dict[str, dict[str, list[float]]]:
+    """Generate with all models in turn.
+
+    Args:
+        models: The models by name.
+        inputs: Prompts.
+        tokens: Generated tokens.
+        repeats: Measured runs of each model.
+        device: The device of the models.
+
+    Returns:
+        Seconds of each run by the name of the model: of the "first token", of a "later token", and of the "whole" run.
+    """
+    latencies: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+
+    def run(name: str) -> Callable[[], None]:
+        return lambda: latencies[name].append(generate(models[name], inputs, tokens))
+
+    whole = interleave({name: run(name) for name in models}, repeats, device)
+    first, later = ({name: [run[i] for run in latencies[name][-repeats:]] for name in models} for i in (0, 1))
+    return {"first token": first, "later token": later, "whole": whole}
 
 
 @torch.inference_mode()

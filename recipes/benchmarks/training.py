@@ -27,6 +27,7 @@ from recipes.benchmarks.common import (
     Shape,
     build_inputs,
     build_model,
+    call_base_layers,
     default_device,
     interleave,
     machine,
@@ -152,8 +153,9 @@ Built = tuple[nn.Module, torch.optim.Optimizer, Callable[[], None]]
 def build_floor(model: PreTrainedModel, rank: int, dropout: float, compile: bool) -> Built:
     """Build the frozen backbone, with gradients that flow through it to its first layer."""
     floor = share_weights(model)
-    embeddings: nn.Module = floor.get_input_embeddings()
-    embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
+    shift = nn.Parameter(torch.zeros(model.config.hidden_size, device=model.device, dtype=model.dtype))
+    floor.register_parameter("shift", shift)
+    floor.get_input_embeddings().register_forward_hook(lambda module, args, out: out + shift)
     return _finish(floor, compile)
 
 
@@ -162,12 +164,25 @@ def build_ours(
     rank: int,
     dropout: float,
     compile: bool,
-    allocate: bool,
+    allocate: bool = False,
     compute_dtype: torch.dtype | None = None,
+    fused: bool = True,
 ) -> Built:
-    """Build LoRA with this package's layers, with or without the rank allocator."""
+    """Build LoRA with this package's layers.
+
+    Args:
+        model: The base model.
+        rank: Rank of the adapters.
+        dropout: Dropout of the adapters.
+        compile: Whether to compile the model.
+        allocate: Whether the rank allocator runs after each step.
+        compute_dtype: Data type in which the adapters are computed.
+        fused: Whether the layers use the fused kernels.
+    """
     ours = share_weights(model)
     add_lora(ours, rank=rank, dropout=dropout, modules_to_save=[], compute_dtype=compute_dtype)
+    if not fused:
+        call_base_layers(ours)
     return _finish(ours, compile, RankAllocator(ours).step if allocate else _nothing)
 
 
@@ -193,8 +208,9 @@ def build_adalora(model: PreTrainedModel, rank: int, dropout: float, compile: bo
 
 BUILDERS: dict[str, Callable[[PreTrainedModel, int, float, bool], Built]] = {
     "floor": build_floor,
-    "our layers": functools.partial(build_ours, allocate=False),
-    "our layers, float32": functools.partial(build_ours, allocate=False, compute_dtype=torch.float32),
+    "our layers": build_ours,
+    "our layers, not fused": functools.partial(build_ours, fused=False),
+    "our layers, float32": functools.partial(build_ours, compute_dtype=torch.float32),
     "La-LoRA": functools.partial(build_ours, allocate=True),
     "PEFT LoRA": build_peft,
     "PEFT AdaLoRA": build_adalora,
@@ -236,8 +252,7 @@ def measure_memory(step: Callable[[], None], model: nn.Module, device: torch.dev
 
 def _finish(model: nn.Module, compile: bool, after: Callable[[], None] | None = None) -> Built:
     trainable = [p for p in model.parameters() if p.requires_grad]
-    # The frozen backbone has no trainable parameters, and an optimizer needs at least one.
-    optimizer = torch.optim.AdamW(trainable or [nn.Parameter(torch.zeros(1))], lr=1e-4)
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4)
     if compile:
         model.compile()
     return model, optimizer, after or _nothing

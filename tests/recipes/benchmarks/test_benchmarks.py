@@ -53,7 +53,7 @@ def test_inference(tmp_path: Path, capsys: pytest.CaptureFixture):
     inference.main("llama-small", prompt=6, tokens=3, rank=4, repeats=2, json=tmp_path / "out.json")
     models = json.loads((tmp_path / "out.json").read_text())["models"]
     merged = {"La-LoRA merged", "La-LoRA merged, remove=True"}
-    assert set(models) == {"base", "PEFT LoRA", "La-LoRA", "La-LoRA trimmed", *merged}
+    assert set(models) == {"base", "PEFT LoRA", "La-LoRA", "La-LoRA, not fused", "La-LoRA trimmed", *merged}
     assert all(len(result["inter-token latency"]) == 2 for result in models.values())
     assert models["base"]["weights MiB"] < models["La-LoRA trimmed"]["weights MiB"] < models["La-LoRA"]["weights MiB"]
     # Query and value of 2 layers of width 32: a merged model keeps a copy of them, unless the layers are removed.
@@ -80,6 +80,54 @@ def test_methods_share_the_frozen_weights():
         built, _, _ = build(model, 4, 0.0, False)
         assert weights <= {p.data_ptr() for p in built.parameters()}
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_merging_changes_no_shared_weight():
+    model = common.build_model("llama-tiny", torch.device("cpu"), torch.float32).eval()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    models = inference.build_models(model, rank=4)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    # A merged model has the function of the adapted one, with query and value of 2 layers of its own.
+    texts = common.build_inputs(model, 2, 5)
+    merged = models["La-LoRA merged, remove=True"]
+    torch.testing.assert_close(merged(**texts).logits, models["La-LoRA"](**texts).logits)
+    shared = {weight.data_ptr() for weight in model.parameters()}
+    assert sum(weight.data_ptr() not in shared for weight in merged.parameters()) == 4
+
+
+def test_layers_without_the_fused_kernels_compute_the_same():
+    model = common.build_model("llama-tiny", torch.device("cpu"), torch.float32)
+    texts = common.build_inputs(model, 2, 5)
+    results = {}
+    for name in ("our layers", "our layers, not fused"):
+        built, _, _ = training.BUILDERS[name](model, 4, 0.0, False)
+        trained = [p for p in built.parameters() if p.requires_grad]
+        for seed, parameter in enumerate(trained):
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(seed))
+        logits = built(**texts).logits
+        results[name] = [logits, *torch.autograd.grad(logits.square().mean(), trained, retain_graph=True)]
+        assert ("TruncatedLoRAFunctionBackward" in _nodes(logits)) == (name == "our layers")
+    torch.testing.assert_close(results["our layers"], results["our layers, not fused"])
+
+
+def _nodes(output: torch.Tensor) -> set[str]:
+    """Return the names of the nodes in the graph of an output."""
+    found, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    return {node.name() for node in found}
+
+
+def test_the_floor_can_be_compiled():
+    model = common.build_model("roberta-tiny", torch.device("cpu"), torch.float32)
+    floor, optimizer, after = training.build_floor(model, 4, 0.0, False)
+    floor.compile(backend="eager")
+    training.train_step(floor, optimizer, after, common.build_inputs(model, 2, 5), False)
+    # The gradient has flowed to the first layer.
+    assert floor.get_parameter("shift").abs().max() > 0
 
 
 def test_interleaved_steps_take_turns():
