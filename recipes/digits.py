@@ -1,4 +1,4 @@
-"""Adapt a model to handwritten digits with a new head alone, LoRA and La-LoRA, without network access or a GPU.
+"""Adapt a model to handwritten digits in six ways and compare them, without network access or a GPU.
 
 The data are scikit-learn's 1,797 digits (8x8 pixels). A small vision transformer is pretrained on the upright digits 0
 to 4. Its frozen backbone is then adapted to all ten digits, rotated by 90 degrees. A new head alone is not enough for
@@ -8,6 +8,7 @@ this task.
 """
 
 import dataclasses
+import itertools
 import statistics
 import time
 from pathlib import Path
@@ -23,14 +24,16 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lalora_lightning import LaLoraCallback, add_lora, lora_layers, lora_state_dict
+from lalora_lightning import LaLoraCallback, lora_layers, lora_state_dict
 from lalora_lightning.modules.image_classification import ImageClassificationModule
+from lalora_lightning.runs import component_size
 from lalora_lightning.tables import text_table
 from recipes.console import mean_and_spread, quiet
 
 __all__ = [
     "ADAPTATIONS",
     "BACKBONE",
+    "Adaptation",
     "NamedProgressBar",
     "Result",
     "main",
@@ -46,82 +49,102 @@ __all__ = [
 
 BACKBONE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 48, "depth": 6, "num_heads": 4, "mlp_ratio": 2}
 
-ADAPTATIONS = ("head only", "LoRA", "La-LoRA")
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """A row of the table.
+
+    Attributes:
+        name: Name of its folder.
+        title: What is adapted and how.
+        learning_rate: Peak learning rate of AdamW: the best on held-out rows, see docs/results.md.
+        settings: Arguments of LaLoraCallback; None to train a new head only.
+    """
+
+    name: str
+    title: str
+    learning_rate: float
+    settings: dict[str, Any] | None
+
+
+_ALL = {"target_modules": "all-linear"}
+
+ADAPTATIONS = (
+    Adaptation("head", "new head only", 2e-2, None),
+    Adaptation("lora", "query and value, LoRA at rank 8", 2e-2, {"rank": 8, "fixed_ranks": True}),
+    Adaptation("lalora", "query and value, ranks grow to 8", 2e-2, {"rank": 8, "log_sparsity": True}),
+    Adaptation("lora-all", "all linear layers, LoRA at rank 2", 1e-2, {"rank": 2, "fixed_ranks": True, **_ALL}),
+    Adaptation(
+        "lalora-all",
+        "all linear layers, grow to 2 on average",
+        2e-2,
+        {"rank": 8, "average_rank": 2, "group_by": "kind", **_ALL},
+    ),
+    Adaptation(
+        "condensed-all",
+        "all linear layers, rank 8 condensed to 2",
+        1e-2,
+        {"rank": 8, "fixed_ranks": True, "condense_to": 2, "group_by": "module", **_ALL},
+    ),
+)
 
 
 @dataclasses.dataclass
 class Result:
-    """A run: test accuracy in percent, trainable parameters, final ranks, seconds of training."""
+    """A run: test accuracy in percent, adapter parameters that are deployed, seconds of training."""
 
-    method: str
+    title: str
     accuracy: float
     parameters: int
-    ranks: list[int]
     seconds: float
 
 
-def main(
-    lalora: dict[str, Any],
-    seeds: int = 1,
-    steps: int = 300,
-    learning_rate: float = 5e-3,
-    batch_size: int = 64,
-    output: Path = Path("runs/digits"),
-) -> None:
-    """Adapt a small vision transformer to rotated digits with a new head alone, LoRA and La-LoRA.
+def main(seeds: int = 1, steps: int = 300, batch_size: int = 64, output: Path = Path("runs/digits")) -> None:
+    """Adapt a small vision transformer to rotated digits in six ways.
 
     Args:
-        lalora: Arguments of LaLoraCallback; LoRA uses its rank, alpha, dropout and target_modules.
-        seeds: Number of runs of each method; with several, the table shows mean and standard deviation.
+        seeds: Number of runs of each; with several, the table shows mean and standard deviation.
         steps: Optimizer steps of a run.
-        learning_rate: Peak learning rate of AdamW.
         batch_size: Images in a batch.
-        output: Folder for logs, figure and adapter.
+        output: Folder for logs, figures and adapters.
     """
     quiet()
     train, test = rotated_digits()
     backbone = pretrained_backbone()
     results = []
-    for seed in range(seeds):
-        for method in ADAPTATIONS:
-            pl.seed_everything(seed, verbose=False)
-            model = new_model(learning_rate)
-            model.load_state_dict(backbone, strict=False)
-            callbacks: list[pl.Callback] = [NamedProgressBar(f"{method}, seed {seed}")]
-            if method == "head only":
-                model.requires_grad_(False)
-                model.model.head.requires_grad_(True)
-            elif method == "LoRA":
-                add_lora(model, **{key: lalora[key] for key in ("rank", "alpha", "dropout", "target_modules")})
-            else:
-                callbacks.append(LaLoraCallback(**lalora))
+    for seed, adaptation in itertools.product(range(seeds), ADAPTATIONS):
+        pl.seed_everything(seed, verbose=False)
+        model = new_model(adaptation.learning_rate)
+        model.load_state_dict(backbone, strict=False)
+        callbacks: list[pl.Callback] = [NamedProgressBar(f"{adaptation.title}, seed {seed}")]
+        if adaptation.settings is None:
+            model.requires_grad_(False)
+            model.model.head.requires_grad_(True)
+        else:
+            callbacks.append(LaLoraCallback(**adaptation.settings))
+        folder = output / adaptation.name / f"seed-{seed}"
+        loggers = [TensorBoardLogger(folder, "", "tensorboard"), CSVLogger(folder, "", "csv")]
+        trainer = new_trainer(steps, callbacks, loggers)
+        order = torch.Generator().manual_seed(seed)
+        start = time.perf_counter()
+        trainer.fit(model, DataLoader(train, batch_size, shuffle=True, drop_last=True, generator=order))
+        seconds = time.perf_counter() - start
+        (scores,) = trainer.test(model, DataLoader(test, len(test)), verbose=False)
+        layers = lora_layers(model).values()
+        parameters = sum(component_size(layer.lora_A, layer.lora_B) * int(layer.rank) for layer in layers)
+        results.append(Result(adaptation.title, 100 * scores["test/accuracy"], parameters, seconds))
+        if layers:
+            torch.save(lora_state_dict(model), folder / "adapter.pt")
+        for callback in callbacks:
+            if isinstance(callback, LaLoraCallback) and callback.allocator is not None:
+                callback.plot().savefig(folder / "ranks.png", dpi=150)
 
-            folder = output / method.replace(" ", "-").lower() / f"seed-{seed}"
-            loggers = [TensorBoardLogger(folder, "", "tensorboard"), CSVLogger(folder, "", "csv")]
-            trainer = new_trainer(steps, callbacks, loggers)
-            order = torch.Generator().manual_seed(seed)
-            start = time.perf_counter()
-            trainer.fit(model, DataLoader(train, batch_size, shuffle=True, drop_last=True, generator=order))
-            seconds = time.perf_counter() - start
-            (scores,) = trainer.test(model, DataLoader(test, len(test)), verbose=False)
-            results.append(
-                Result(
-                    method,
-                    100 * scores["test/accuracy"],
-                    sum(p.numel() for p in model.parameters() if p.requires_grad),
-                    [int(layer.rank) for layer in lora_layers(model).values()],
-                    seconds,
-                )
-            )
-        assert isinstance(callbacks[-1], LaLoraCallback)
-        callbacks[-1].plot().savefig(folder / "ranks.png", dpi=150)
-        torch.save(lora_state_dict(model), folder / "adapter.pt")
-
-    print(f"\nTest accuracy on the rotated digits after {steps} steps, maximum rank {lalora['rank']}:\n")
+    print(f"\nTest accuracy on the rotated digits after {steps} steps:\n")
     print(summary(results))
+    print("\nThese are single tasks and seeds. docs/results.md has more of both, with intervals.")
     print(f"\nTensorBoard logs:    tensorboard --logdir {output}")
-    print(f"Rank trajectories:   {folder / 'ranks.png'}")
-    print(f"Adapter:             {folder / 'adapter.pt'}")
+    print(f"Rank trajectories:   {output}/*/seed-*/ranks.png")
+    print(f"Adapters:            {output}/*/seed-*/adapter.pt")
 
 
 def upright_digits() -> tuple[Tensor, Tensor]:
@@ -179,21 +202,19 @@ def new_trainer(steps: int, callbacks: list[pl.Callback], loggers: list[Logger])
 
 
 def summary(results: list[Result]) -> str:
-    """Return the table of results with a row for each method."""
+    """Return the table of results with a row for each way to adapt the model."""
     rows = []
-    for method in ADAPTATIONS:
-        own = [result for result in results if result.method == method]
-        ranks = [statistics.mean(layer) for layer in zip(*(result.ranks for result in own), strict=True)]
+    for title in dict.fromkeys(result.title for result in results):
+        own = [result for result in results if result.title == title]
         rows.append(
             [
-                method,
+                title,
                 f"{mean_and_spread([result.accuracy for result in own])} %",
-                f"{own[0].parameters:,}",
-                " ".join(f"{rank:g}" for rank in ranks) or "-",
+                f"{statistics.mean(result.parameters for result in own):,.0f}",
                 mean_and_spread([result.seconds for result in own]),
             ]
         )
-    return text_table(["method", "test accuracy", "trainable parameters", "ranks of the layers", "seconds"], rows)
+    return text_table(["adapted", "test accuracy", "adapter parameters", "seconds"], rows)
 
 
 class NamedProgressBar(TQDMProgressBar):
@@ -221,6 +242,5 @@ class NamedProgressBar(TQDMProgressBar):
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__)
-    parser.add_function_arguments(main, skip={"lalora"})
-    parser.add_class_arguments(LaLoraCallback, "lalora")
+    parser.add_function_arguments(main)
     main(**parser.parse_args().as_dict())

@@ -100,7 +100,8 @@ def add_adapter(
     for (start, stop), hidden_s, B_s in zip(
         out_slices, _columns(hidden, out_slices), _rows(B, out_slices), strict=True
     ):
-        out = out + F.pad(scaling * hidden_s @ B_s.T, (start, width - stop))
+        product = scaling * hidden_s @ B_s.T
+        out = out + (product if stop - start == width else F.pad(product, (start, width - stop)))
     return out
 
 
