@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lalora_lightning import LaLoraCallback, lora_layers
 from lalora_lightning.adapters import find_targets
+from lalora_lightning.intervals import confidence
 from lalora_lightning.modules.image_classification import ImageClassificationModule
 from lalora_lightning.names import blocks_by_kind, group_names
 from lalora_lightning.plotting import plot_rank_map
@@ -154,7 +155,7 @@ def main(
         number: Numbers of damaged projections; each is combined with each strength and place.
         strength: The largest singular values are multiplied by 1 - 2 * strength: 0.5 removes them, 1 turns them around.
         where: Where the damaged projections are: anywhere, attention, feed-forward, early or late.
-        seeds: Number of runs of each allocation and damage.
+        seeds: Number of runs of each allocation and damage; 0 only reads the records.
         first_seed: Seed of the first of these runs; the others have the next seeds.
         rank: Maximum rank of a projection.
         average_rank: The adapters end with as many parameters as LoRA with this rank.
@@ -162,30 +163,35 @@ def main(
         learning_rate: Peak learning rate of AdamW.
         training_steps: Optimizer steps in which the model is trained before it is damaged.
         output: Folder for the figure.
-        records: A file of JSON lines to which each run is added. Runs that are in it are not repeated.
+        records: A file of JSON lines to which each run is added. Runs that are in it are not repeated, and all of them
+            with these settings are part of the table.
     """
     quiet()
     test = PlantedTest(rank, average_rank, steps, learning_rate, training_steps)
-    recorded = [run for run in read_outcomes(records) if run.settings == vars(test)] if records is not None else []
-    done = {(run.damage, run.seed, run.allocation): run for run in recorded}
-    outcomes = []
+    outcomes = [] if records is None else [run for run in read_outcomes(records) if run.settings == vars(test)]
+    done = {(run.damage, run.seed, run.allocation): run for run in outcomes}
+    shown = outcomes[-len(ALLOCATIONS) :]
     for damage in itertools.starmap(Damage, itertools.product(number, strength, where)):
-        for seed, allocation in itertools.product(range(first_seed, first_seed + seeds), ALLOCATIONS):
-            run = done.get((damage, seed, allocation))
-            if run is None:
-                run = test.run(damage, seed, allocation)
-                print(f"{damage}, seed {seed}, {allocation}: {run.accuracy['adapted']:.1f} %", flush=True)
-                if records is not None:
-                    append_record(records, dataclasses.asdict(run))
-            outcomes.append(run)
-    for run in outcomes[-len(ALLOCATIONS) :]:
+        for seed in range(first_seed, first_seed + seeds):
+            shown = []
+            for allocation in ALLOCATIONS:
+                run = done.get((damage, seed, allocation))
+                if run is None:
+                    run = test.run(damage, seed, allocation)
+                    print(f"{damage}, seed {seed}, {allocation}: {run.accuracy['adapted']:.1f} %", flush=True)
+                    outcomes.append(run)
+                    if records is not None:
+                        append_record(records, dataclasses.asdict(run))
+                shown.append(run)
+    for run in shown:
         print(f"\nRanks, {run.allocation}; an asterisk marks the damaged projections:\n")
         print(rank_table(run))
     print(f"\n{summary(outcomes)}")
     output.mkdir(parents=True, exist_ok=True)
-    figure = draw(next(run for run in reversed(outcomes) if run.allocation == "condensed"))
-    figure.savefig(output / "ranks.png", dpi=150)
-    print(f"\nMap of the ranks: {output / 'ranks.png'}")
+    for run in shown:
+        if run.allocation == "condensed":
+            draw(run).savefig(output / "ranks.png", dpi=150)
+            print(f"\nMap of the ranks: {output / 'ranks.png'}")
 
 
 @dataclasses.dataclass
@@ -279,25 +285,31 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """Return a table with a row for each damage and allocation."""
-    header = ["damage", "allocation", "first", "above its kind", "rank of damaged", "of others", "accuracy"]
+    """Return a table with a row for each damage and allocation, and with rows for all damages together.
+
+    Shares have half the width of their 95% confidence interval over the runs, by Student's t.
+    """
+    header = ["damage", "allocation", "runs", "first", "above its kind", "rank of damaged", "of others", "accuracy"]
+    damages = dict.fromkeys(str(run.damage) for run in outcomes)
     rows = []
-    for damage, allocation in dict.fromkeys((run.damage, run.allocation) for run in outcomes):
-        runs = [run for run in outcomes if (run.damage, run.allocation) == (damage, allocation)]
-        damaged = [rank for run in runs for name, rank in run.ranks.items() if name in run.damaged]
-        others = [rank for run in runs for name, rank in run.ranks.items() if name not in run.damaged]
-        rows.append(
-            [
-                str(damage),
-                allocation,
-                f"{statistics.mean(map(share_of_first, runs)):.0%}",
-                f"{statistics.mean(map(ranked_above, runs)):.0%}",
-                f"{statistics.mean(damaged):.2f}",
-                f"{statistics.mean(others):.2f}",
-                " -> ".join(mean_and_spread([run.accuracy[stage] for run in runs]) for stage in ("damaged", "adapted")),
-            ]
-        )
+    for damage in [*(["all"] if len(damages) > 1 else []), *damages]:
+        for allocation in ALLOCATIONS:
+            runs = [run for run in outcomes if run.allocation == allocation and damage in ("all", str(run.damage))]
+            if runs:
+                rows.append([damage, allocation, str(len(runs)), *_summary_cells(runs)])
     return text_table(header, rows, left=(0, 1))
+
+
+def _summary_cells(runs: Sequence[Outcome]) -> list[str]:
+    damaged = [rank for run in runs for name, rank in run.ranks.items() if name in run.damaged]
+    others = [rank for run in runs for name, rank in run.ranks.items() if name not in run.damaged]
+    shares = [[share_of_first(run) for run in runs], [ranked_above(run) for run in runs]]
+    return [
+        *(f"{statistics.mean(values):.0%} +- {confidence(values):.0%}" for values in shares),
+        f"{statistics.mean(damaged):.2f}",
+        f"{statistics.mean(others):.2f}",
+        " -> ".join(mean_and_spread([run.accuracy[stage] for run in runs]) for stage in ("damaged", "adapted")),
+    ]
 
 
 def rank_table(run: Outcome) -> str:

@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from lalora_lightning import RankAllocator, add_lora, lora_layers
-from recipes.planted import Damage, Outcome, ranked_above, read_outcomes, share_of_first, turn_largest_directions
+from recipes.planted import (
+    Damage,
+    Outcome,
+    ranked_above,
+    read_outcomes,
+    share_of_first,
+    summary,
+    turn_largest_directions,
+)
 from tests.helpers.models import TinyTransformer
 from tests.recipes.test_recipes import recipe
 
@@ -88,3 +96,22 @@ def test_the_recipe(tmp_path: Path):
     again = recipe("planted", *options, cwd=tmp_path).stdout
     assert again[again.index("\nRanks") :] == out[out.index("\nRanks") :]
     assert len(read_outcomes(tmp_path / "runs.jsonl")) == 4
+    # Nothing is run, and all records with these settings are in the table.
+    table = recipe("planted", *options, "--seeds", "0", cwd=tmp_path).stdout
+    assert table[table.index("damage  ") :] == out[out.index("damage  ") :]
+
+
+def test_all_damages_together():
+    names = [f"blocks.{i}.q" for i in range(4)]
+
+    def run(damage: Damage, seed: int, ranks: list[int]) -> Outcome:
+        accuracy = {"trained": 94.0, "damaged": 50.0, "adapted": 90.0}
+        return Outcome(damage, seed, "norms", {}, names[:1], dict(zip(names, ranks, strict=True)), accuracy, 1.0)
+
+    found, missed = [2, 1, 1, 1], [1, 1, 1, 2]
+    runs = [run(Damage(1), 3, found), run(Damage(1), 4, missed), run(Damage(1, 0.5), 3, found)]
+    rows = [line.split() for line in summary(runs).splitlines()[2:]]
+    # Of the missed one, a third is above its kind: two ties of three pairs.
+    assert rows[0][:10] == ["all", "norms", "3", "67%", "+-", "143%", "78%", "+-", "96%", "1.67"]
+    assert rows[1][:6] == ["1", "anywhere,", "strength", "1", "norms", "2"]
+    assert rows[2][:12] == ["1", "anywhere,", "strength", "0.5", "norms", "1", "100%", "+-", "0%", "100%", "+-", "0%"]
