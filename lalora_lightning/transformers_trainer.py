@@ -93,6 +93,8 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         enable_input_gradients(model)
         self._gradients = GradientMonitor(model)
         if state.global_step == 0:
+            # An earlier call may have been interrupted between two logs.
+            self._history.drop_unlogged()
             return
         # The Trainer only restores a callback if restore_callback_states_from_checkpoint is set. Its own state always
         # contains the callback's state.
@@ -140,9 +142,7 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         """Log the last steps, and warn if the adapters of the final model were not condensed."""
         if self.allocator is None:
             return
-        state.log_history += self._entries()
-        # The Trainer has logged its summary of the run before.
-        state.log_history.sort(key=lambda log: log["step"])
+        _insert(self._entries(), state)
         if self.condense_to is None:
             return
         if not self.allocator.condensed:
@@ -169,11 +169,12 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         # Evaluation also calls this hook.
         if self.allocator is None or logs is None or "loss" not in logs:
             return
-        *earlier, metrics = self._entries() or [self._entry(self.history[-1])]
+        *earlier, last = self._entries() or [self._entry((state.global_step, *self.allocator.read()[:2]))]
+        metrics = {key: value for key, value in last.items() if key != "step"}
         logs.update(metrics)
         # The Trainer has already copied the logs to its history.
         state.log_history[-1].update(metrics)
-        state.log_history[-1:-1] = earlier
+        _insert(earlier, state)
 
     def state(self) -> dict[str, Any]:
         """Return the state that the Trainer writes into a checkpoint as JSON."""
@@ -223,3 +224,8 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         """Return the step after which to condense."""
         at = self.condense_at
         return at if isinstance(at, int) else max(1, int(at * state.max_steps))
+
+
+def _insert(entries: list[dict[str, float]], state: TrainerState) -> None:
+    """Insert entries into the Trainer's logs by step, before its own of the same step."""
+    state.log_history[:] = sorted(entries + state.log_history, key=lambda log: log["step"])

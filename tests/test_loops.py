@@ -10,7 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, lora_layers
 from lalora_lightning.transformers_trainer import LaLoraTrainerCallback
@@ -138,6 +138,64 @@ def test_transformers_trainer_logs_every_change_at_its_step(tmp_path: Path):
     resumed = logged(again, True, logging_steps=20)
     assert changes.items() <= resumed.items()
     assert again.history == callback.history
+
+
+def test_logs_of_transformers_trainer_are_in_order_between_evaluations(tmp_path: Path):
+    """At every moment; and the Trainer's own logs stay behind those of the same step, its summary the last one."""
+    seen = []
+
+    class Reader(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append([log["step"] for log in state.log_history])
+            assert "step" not in kwargs["logs"]
+
+    settings = {"logging_steps": 10, "eval_strategy": "steps", "eval_steps": 3}
+    trainer = new_transformers_trainer(tmp_path, LaLoraTrainerCallback(gamma=1.0), Reader(), **settings)
+    trainer.train()
+    assert len(seen) > 9
+    assert all(steps == sorted(steps) for steps in seen)
+    assert trainer.state.log_history[-2]["step"] == 21
+    assert "rank/total" in trainer.state.log_history[-3]
+    assert "train_loss" in trainer.state.log_history[-1]
+
+
+def test_steps_of_an_interrupted_run_are_not_logged_in_the_next(tmp_path: Path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 7:
+                raise KeyboardInterrupt
+
+    trainer = new_transformers_trainer(tmp_path, LaLoraTrainerCallback(gamma=1.0), Interrupt(), logging_steps=5)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.pop_callback(Interrupt)
+    trainer.train()
+    steps = [log["step"] for log in trainer.state.log_history if "rank/total" in log]
+    assert steps == sorted(set(steps))
+
+
+def test_a_loss_that_is_logged_before_the_first_step_has_the_initial_ranks(tmp_path: Path):
+    class Talkative(OrderedTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.log({"loss": 1.0})
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = new_transformers_trainer(tmp_path, LaLoraTrainerCallback(), max_steps=2)
+    trainer.__class__ = Talkative
+    trainer.train()
+    assert trainer.state.log_history[0]["step"] == 0
+    assert trainer.state.log_history[0]["rank/total"] == 3
+
+
+def test_the_last_step_keeps_its_ranks_if_the_best_model_is_loaded(tmp_path: Path):
+    """No checkpoint was saved at this step, so its ranks are read after the Trainer has loaded an earlier one."""
+    callback = LaLoraTrainerCallback(gamma=1.0)
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "best", "logging_steps": 20}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = new_transformers_trainer(tmp_path, callback, **settings, **best)
+    trainer.train()
+    assert callback.allocator.read()[0] == by_hand(None)[2]
+    assert callback.history[-1][:2] == (21, by_hand(None)[-1])
 
 
 def test_transformers_trainer_acts_once_per_optimizer_step(tmp_path: Path):

@@ -57,8 +57,7 @@ class RankHistory:
         """
         pending, self._pending = self._pending, []
         rows, skipped = allocator.read_steps([(ranks, budget) for *_, ranks, budget in pending])
-        # The last row is the present, that of the last step unless the ranks of the model were changed since.
-        for (step, logged_step, *_), row in zip(pending, rows[:-2] + rows[-1:], strict=False):
+        for (step, logged_step, *_), row in zip(pending, rows[:-1], strict=True):
             self._append((step, *row))
             if logged_step is not None:
                 self._unlogged[logged_step] = (step, *row)
@@ -80,8 +79,8 @@ class RankHistory:
         return unlogged
 
     def drop_unlogged(self) -> None:
-        """Regard all steps as logged."""
-        self._unlogged.clear()
+        """Regard all steps as logged, and forget those that were not read, which an interrupted run leaves."""
+        self._pending, self._unlogged = [], {}
 
     def run(self, allocator: RankAllocator) -> Run:
         """Return the run so far, for figures.

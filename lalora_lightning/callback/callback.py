@@ -317,7 +317,9 @@ class LaLoraCallback(AdapterCheckpoints):
         is_behind = self._last_step is not None and self._last_step < trainer.global_step
         if self.allocator is not None and is_behind:
             # The checkpoint was saved after an optimizer step but before the rank update.
-            self._update_ranks(trainer, self.allocator)
+            kept = self._update_ranks(trainer, self.allocator)
+            if kept:
+                self._log_readings(trainer, pl_module, kept)
         self._last_step = trainer.global_step
         self._started = time.monotonic()
         reset_peak_memory(pl_module.device)
@@ -352,9 +354,9 @@ class LaLoraCallback(AdapterCheckpoints):
         self._last_step = trainer.global_step
         if self.allocator is None:
             return
-        self._update_ranks(trainer, self.allocator)
-        if compatibility.is_logging_step(trainer):
-            metrics = self._log_readings(trainer, pl_module)
+        kept = self._update_ranks(trainer, self.allocator)
+        if kept or compatibility.is_logging_step(trainer):
+            metrics = self._log_readings(trainer, pl_module, kept)
             # A CPU tensor, so that the progress bar does not synchronize with the device at every refresh.
             total = torch.tensor(metrics[log_keys.RANK_TOTAL], dtype=torch.float32)
             pl_module.log(log_keys.RANK_TOTAL, total, prog_bar=True, logger=False, on_step=True)
@@ -497,14 +499,16 @@ class LaLoraCallback(AdapterCheckpoints):
     def _is_condensed(self) -> bool:
         return self.allocator is not None and self.allocator.condensed
 
-    def _update_ranks(self, trainer: pl.Trainer, allocator: RankAllocator) -> None:
-        """Update the ranks after an optimizer step, condense if it is time to, and note the ranks of the step."""
+    def _update_ranks(self, trainer: pl.Trainer, allocator: RankAllocator) -> dict[str, float]:
+        """Update the ranks after an optimizer step, condense if it is time to, and note the ranks of the step.
+
+        Returns:
+            Metrics to log with these ranks now, since some loggers refuse a step before their last one.
+        """
         allocator.step()
         condensation = self.condensing.after_step(trainer, allocator)
-        if condensation is not None:
-            kept = {log_keys.ENERGY_KEPT: condensation.total_energy}
-            self._log.metrics(trainer, kept, compatibility.completed_steps(trainer))
         self._history.note(trainer.global_step, compatibility.completed_steps(trainer), allocator)
+        return {} if condensation is None else {log_keys.ENERGY_KEPT: condensation.total_energy}
 
     def _read(self) -> None:
         """Read ranks and budgets from the device, and warn about skipped steps."""

@@ -109,7 +109,8 @@ class RunLog:
 
 def describe_adapters(pl_module: pl.LightningModule, group_by: GroupBy) -> dict[str, Any]:
     """Return the settings and parameter counts that an adapted module itself shows."""
-    layer = next(iter(lora_layers(pl_module).values()))
+    layers = lora_layers(pl_module).values()
+    layer = next(iter(layers))
     counts = summarize(pl_module, group_by)
     return {
         "rank": layer.max_rank,
@@ -117,6 +118,8 @@ def describe_adapters(pl_module: pl.LightningModule, group_by: GroupBy) -> dict[
         "dropout": layer.dropout,
         "freeze_A": not layer.lora_A.requires_grad,
         "adapter_parameters": counts.adapter_parameters,
+        # These include lora_A if it is frozen.
+        "parameters_at_full_rank": sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers),
         "head_parameters": counts.head_parameters,
         "total_parameters": counts.total_parameters,
     }

@@ -88,7 +88,7 @@ def _run(metrics: _Metrics, settings: dict[str, Any], summary: dict[str, Any], s
     sparsity = {step: [layer[step] for layer in by_layer] for step in steps if all(step in layer for layer in by_layer)}
     costs = {key.removeprefix(FIT_PREFIX): values for key, values in metrics.items() if key.startswith(FIT_PREFIX)}
     parameters = metrics.get(RANK_PARAMETERS, {})
-    full_parameters = int(settings.get(f"{SETTINGS_PREFIX}.adapter_parameters") or 0)
+    full_parameters = int(settings.get(f"{SETTINGS_PREFIX}.parameters_at_full_rank") or 0)
     known = full_parameters > 0 and all(step in parameters for step in steps)
     return Run(
         layer_names=names,

@@ -41,7 +41,9 @@ class NextTokenModule(CausalLMModule):
         """There are no answers to count."""
 
 
-def load_texts(path: str, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Dataset]:
+def load_texts(
+    path: str, column: str, tokenizer: PreTrainedTokenizerBase, max_length: int, max_train_rows: int | None = None
+) -> dict[str, Dataset]:
     """Return the tokens of a column of texts, as the splits "train" and "test".
 
     Args:
@@ -49,11 +51,12 @@ def load_texts(path: str, column: str, tokenizer: PreTrainedTokenizerBase, max_l
         column: The column.
         tokenizer: The tokenizer.
         max_length: Longer texts are truncated to this number of tokens.
+        max_train_rows: Number of training texts, drawn at random with a fixed seed; by default all of them.
 
     Raises:
         FileNotFoundError: The data set cannot be found or downloaded.
     """
-    splits = load_splits(path, columns=(column,), splits=("train", "test"))
+    splits = load_splits(path, columns=(column,), splits=("train", "test"), max_train_rows=max_train_rows)
     tokenize = functools.partial(_tokenize, tokenizer=tokenizer, column=column, max_length=max_length)
     return {name: map_rows(splits[name], tokenize, batched=True) for name in ("train", "test")}
 

@@ -125,11 +125,13 @@ def markdown(rows: Sequence[Row], baseline: str = REFERENCE) -> str:
 def plateau(scores: dict[float, float]) -> tuple[float, float]:
     """Return the lowest and the highest learning rate around the best without a score far below the best.
 
+    A score of NaN, of runs that failed, is below all others.
+
     >>> plateau({0.001: 80.0, 0.002: 91.0, 0.004: 92.0, 0.008: 85.0, 0.016: 90.5})
     (0.002, 0.004)
     """
     rates = sorted(scores)
-    best = max(rates, key=scores.__getitem__)
+    best = max(rates, key=lambda rate: (not math.isnan(scores[rate]), scores[rate]))
     low = high = rates.index(best)
     while low > 0 and scores[rates[low - 1]] >= scores[best] - _PLATEAU:
         low -= 1

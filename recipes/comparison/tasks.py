@@ -215,7 +215,7 @@ def _dialogsum(settings: TaskSettings) -> ComparisonTask:
     """The summaries of dialogues, as texts for a causal language model."""
     batch_size = settings.batch_size or 32
     tokenizer = load_pretrained(AutoTokenizer, settings.language_model)
-    texts = load_texts(settings.dialogsum_path, "summary", tokenizer, settings.max_length)
+    texts = load_texts(settings.dialogsum_path, "summary", tokenizer, settings.max_length, settings.max_train_rows)
     parts = texts["train"].train_test_split(_SELECTION_SHARE, seed=0)
     scored: dict[Scored, Any] = {"selection": parts["test"], "test": texts["test"]}
     collate = collator(tokenizer)

@@ -1,5 +1,6 @@
 """EVA (arXiv 2410.07170): LoRA initialized with, and ranks distributed by, the directions of the layers' inputs."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,7 +87,7 @@ class EvaCallback(pl.Callback):
                 config,
                 forward_fn=lambda module, batch: module.loss(batch),
                 prepare_model_inputs_fn=_attention_mask,
-                prepare_layer_inputs_fn=_tokens,
+                prepare_layer_inputs_fn=functools.partial(_tokens, set(), round(self.rho * self.rank)),
                 show_progress_bar=False,
             )
         directions = {name: rows for name, rows in directions.items() if len(rows)}
@@ -120,7 +121,26 @@ def _attention_mask(batch: Any, config: Any) -> Tensor | None:
     return batch["attention_mask"].bool() if isinstance(batch, Mapping) else None
 
 
-def _tokens(layer_input: Any, mask: Tensor | None, name: str) -> Tensor:
-    """Return the inputs of a projection as rows, ``(tokens, d)``, without padding."""
+def _tokens(checked: set[str], components: int, layer_input: Any, mask: Tensor | None, name: str) -> Tensor:
+    """Return the inputs of a projection as rows, ``(tokens, d)``, without padding.
+
+    Args:
+        checked: Names of the projections whose first rows were enough, to which this name is added.
+        components: Number of directions.
+        layer_input: The projection's input.
+        mask: ``(N, S)``, of the tokens that are no padding; None for images.
+        name: The name of the projection.
+
+    Raises:
+        ValueError: The first batch has too few rows; peft would pass over such batches, and never end.
+    """
     inputs = layer_input[0] if isinstance(layer_input, tuple) else layer_input
-    return inputs[mask] if mask is not None and inputs.shape[:-1] == mask.shape else inputs.flatten(0, -2)
+    rows = inputs[mask] if mask is not None and inputs.shape[:-1] == mask.shape else inputs.flatten(0, -2)
+    if name not in checked and min(rows.shape) < components:
+        raise ValueError(
+            f"Expected batches with at least {components} tokens and features at {name}, the number of directions that "
+            f"EVA computes, but got {tuple(rows.shape)}; raise the batch size, or lower `rank` or rho."
+        )
+    checked.add(name)
+    # The input of a pooler is a strided view, and peft requires contiguous rows.
+    return rows.contiguous()

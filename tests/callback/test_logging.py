@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lalora_lightning import LaLoraCallback, RankAllocator, add_lora, merge_lora
@@ -41,6 +41,49 @@ def test_two_loggers_hold_the_keys(tmp_path: Path):
     assert keys <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("rank/total")] == steps
     assert "rank/trajectories" in events.Tags()["images"]
+
+
+class StepLogger(Logger):
+    """Keeps the steps and keys that it is given."""
+
+    name, version = "steps", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[tuple[int, set[str]]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.logged.append((step, set(metrics)))
+
+    def log_hyperparams(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("condense_at", [10, 14])
+def test_no_step_is_logged_before_an_earlier_one(tmp_path: Path, condense_at: int):
+    """Some loggers drop such steps. Condensing comes with and between the logs."""
+    logger, callback = StepLogger(), LaLoraCallback(rank=4, gamma=3.0, condense_to=1.5, condense_at=condense_at)
+    new_trainer(tmp_path, callback, logger=logger, log_every_n_steps=10).fit(TinyClassifier(), loader())
+    steps = [step for step, _ in logger.logged]
+    assert len(steps) > 5
+    assert steps == sorted(steps)
+    energy = [(step, "rank/total" in keys) for step, keys in logger.logged if "fit/energy_kept" in keys]
+    assert energy == [(condense_at - 1, True)]
+
+
+def test_steps_of_an_interrupted_fit_are_not_logged_in_the_next(tmp_path: Path):
+    class Interrupt(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
+            if trainer.global_step == 7:
+                raise ZeroDivisionError
+
+    module, callback = TinyClassifier(), LaLoraCallback(rank=4, gamma=3.0)
+    with pytest.raises(ZeroDivisionError):
+        new_trainer(tmp_path, callback, Interrupt(), log_every_n_steps=5).fit(module, loader())
+    logger = StepLogger()
+    new_trainer(tmp_path, callback, logger=logger, log_every_n_steps=5).fit(module, loader())
+    steps = [step for step, keys in logger.logged if "rank/total" in keys]
+    assert steps == sorted(set(steps))
 
 
 def test_the_total_rank_is_in_the_progress_bar(tmp_path: Path):

@@ -333,12 +333,12 @@ class Unequal(nn.Module):
         return self.head(self.narrow(self.wide(x)).mean(1))
 
 
-@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
-def test_parameters_and_energy_are_read_from_logs(tmp_path: Path, kind: Any):
+@pytest.mark.parametrize(("kind", "freeze_A"), [(CSVLogger, False), (CSVLogger, True), (TensorBoardLogger, False)])
+def test_parameters_and_energy_are_read_from_logs(tmp_path: Path, kind: Any, freeze_A: bool):
     """Also by page and figures, as from the callback itself."""
     logger = kind(tmp_path, "", "logs")
     settings: Any = {"target_modules": ["wide", "narrow"], "modules_to_save": ["head"], "group_by": "module"}
-    callback = LaLoraCallback(rank=4, condense_to=1.5, condense_at=5, fixed_ranks=True, **settings)
+    callback = LaLoraCallback(rank=4, condense_to=1.5, condense_at=5, fixed_ranks=True, freeze_A=freeze_A, **settings)
     checkpoint = ModelCheckpoint(tmp_path, save_last=True)
     trainer = new_trainer(
         tmp_path, callback, checkpoint, enable_checkpointing=True, logger=logger, max_epochs=2, log_every_n_steps=3

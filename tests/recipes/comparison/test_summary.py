@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from recipes.comparison import append_record, figures, markdown, read_records, summarize, write_csv
+from recipes.comparison.summary import plateau
 
 
 def record(
@@ -165,6 +166,13 @@ def test_a_figure_of_each_comparison():
     drawn = sorted(value for line in axes.lines[:1] for value in line.get_xdata())
     own = [100 * r["score"] for r in RECORDS if (r["task"], r["method"], r["searched"]) == ("digits", "lora", None)]
     assert drawn == pytest.approx(sorted(own))
+
+
+@pytest.mark.parametrize("failed", [0.001, 0.002, 0.008])
+def test_a_learning_rate_whose_runs_failed_is_on_no_plateau(failed: float):
+    scores = {0.001: 91.0, 0.002: 91.0, 0.004: 92.0, 0.008: 91.0, failed: math.nan}
+    expected = {0.001: (0.002, 0.008), 0.002: (0.004, 0.008), 0.008: (0.001, 0.004)}
+    assert plateau(scores) == expected[failed]
 
 
 def test_a_score_that_is_no_number_stops_no_table(tmp_path: Path):

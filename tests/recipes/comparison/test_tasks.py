@@ -82,10 +82,11 @@ def test_next_tokens_of_dialogsum(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for split in ("train", "test"):
         rows = {"dialogue": ["unused"] * 20, "summary": texts * 5}
         datasets.Dataset.from_dict(rows).to_parquet(data / f"{split}.parquet")
-    settings = TaskSettings(dialogsum_path=str(data), language_model=str(folder), steps=3, batch_size=4, max_length=5)
+    size = {"steps": 3, "batch_size": 4, "max_length": 5, "max_train_rows": 15}
+    settings = TaskSettings(dialogsum_path=str(data), language_model=str(folder), **size)
     (record,) = run(settings, tmp_path / "a.jsonl", tasks=["dialogsum"], methods=["lora:rank=2"], seeds=[0])
     assert record["metric"] == "test/token_accuracy"
-    assert [record["task_settings"][f"{rows}_rows"] for rows in ("train", "selection", "test")] == [16, 4, 20]
+    assert [record["task_settings"][f"{rows}_rows"] for rows in ("train", "selection", "test")] == [12, 3, 20]
 
     task = build_task("dialogsum", settings)
     module = task.new_module(1e-2)

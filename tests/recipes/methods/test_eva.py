@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from torch import Tensor
@@ -87,3 +88,20 @@ def test_directions_are_those_of_the_inputs():
     assert sum(ranks.values()) == 2 * 6 * 2
     assert len(set(ranks.values())) > 1
     assert max(ranks.values()) <= 4
+
+
+def test_a_pooler_is_adapted():
+    """Its input is a strided view with a row for each text."""
+    module, batch = text()
+    fit(module, batch, METHODS["eva"].adapt(module, rank=2, target_modules="all-linear", rho=1.0), steps=1)
+    assert module.model.bert.pooler.dense.r == {"default": 2}
+
+
+@pytest.mark.parametrize(("rank", "rows"), [(2, 3), (10, 8)])
+def test_more_directions_than_tokens_or_features_are_refused(rank: int, rows: int):
+    """With three texts, the pooler has three rows; the model has 16 features."""
+    module, batch = text()
+    batch = {key: value[:rows] for key, value in batch.items()}
+    targets = "all-linear" if rows == 3 else None
+    with pytest.raises(ValueError, match=f"at least {2 * rank} tokens and features at model.bert"):
+        fit(module, batch, METHODS["eva"].adapt(module, rank=rank, target_modules=targets), steps=1)
