@@ -8,6 +8,7 @@ from lalora_lightning.adapters.condensing import (
     condense_lora,
     condensed_parameters,
     require_no_initial_factors,
+    require_room,
 )
 from lalora_lightning.adapters.disabling import disable_adapters
 from lalora_lightning.adapters.gradients import (
@@ -61,6 +62,7 @@ __all__ = [
     "require_gradients",
     "require_lora_layers",
     "require_no_initial_factors",
+    "require_room",
     "require_trainable",
     "require_unmerged",
     "summarize",

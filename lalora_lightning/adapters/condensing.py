@@ -21,6 +21,7 @@ __all__ = [
     "condense_lora",
     "condensed_parameters",
     "require_no_initial_factors",
+    "require_room",
 ]
 
 
@@ -212,16 +213,29 @@ def _require_size(costs: Tensor, size: Mapping[str, float | None], min_rank: int
         if not 0 < energy <= 1:
             raise ValueError(f"Expected energy to be in (0, 1] but got {energy}.")
         return None
-    least = min_rank * int(costs.sum())
     if average_rank is not None:
         if not average_rank >= min_rank or average_rank <= 0:
             raise ValueError(f"Expected average_rank to be positive and at least {min_rank} but got {average_rank}.")
-        return average_rank * int(costs.sum())
-    if parameters is None or not parameters >= max(least, 1):
-        raise ValueError(
-            f"Expected at least {max(least, 1):,} parameters, rank {min_rank} for every layer, but got {parameters}."
-        )
+        parameters = average_rank * int(costs.sum())
+    assert parameters is not None
+    require_room(costs.tolist(), parameters, min_rank)
     return parameters
+
+
+def require_room(costs: Sequence[int], parameters: float, min_rank: int) -> None:
+    """Check that a limit on parameters leaves room for the minimum rank of all layers, and for some component.
+
+    Args:
+        costs: Parameters of one component of each layer.
+        parameters: The limit.
+        min_rank: Rank that every layer keeps, 0 or 1.
+
+    Raises:
+        ValueError: Nothing fits.
+    """
+    least, what = (sum(costs), "rank 1 for every layer") if min_rank else (min(costs), "rank 1 for the smallest layer")
+    if not parameters >= least:
+        raise ValueError(f"Expected at least {least:,} parameters, {what}, but got {parameters:,.0f}.")
 
 
 def _singular_factors(name: str, layer: TruncatedLoRALinear) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from lalora_lightning.adapters import (
     lora_layers,
     require_lora_layers,
     require_no_initial_factors,
+    require_room,
     require_unmerged,
 )
 from lalora_lightning.allocator.broadcasts import leave_masks_out_of_broadcasts
@@ -301,13 +302,15 @@ class RankAllocator:
         """Check, before training, that :meth:`condense` will be able to drop components.
 
         Raises:
-            ValueError: ``average_rank`` is not below the maximum rank, or an adapter has initial factors.
+            ValueError: ``average_rank`` is not below the maximum rank, or so low that nothing would be left; or an
+                adapter has initial factors.
         """
         if average_rank >= self.max_rank:
             raise ValueError(
                 f"Expected the average rank to condense to, to be below the maximum rank {self.max_rank} but got "
                 f"{average_rank}; raise the rank of the adapters."
             )
+        require_room(self.parameters_per_rank, average_rank * sum(self.parameters_per_rank), self.settings.min_rank)
         require_no_initial_factors(self._layers)
 
     def condense(

@@ -481,6 +481,7 @@ def test_settings_that_cannot_work_are_refused_at_once(settings: dict[str, Any],
     ("settings", "message"),
     [
         ({"rank": 4, "condense_to": 4}, "below the maximum rank 4 but got 4"),
+        ({"rank": 4, "condense_to": 0.1, "min_rank": 0, "group_by": "module"}, "at least 16 parameters"),
         ({"rank": 4, "condense_to": 2, "init": "pissa"}, r"Cannot condense model\.blocks\.0\.query\. .* init='pissa'"),
     ],
 )
