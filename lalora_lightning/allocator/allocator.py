@@ -178,7 +178,7 @@ class RankAllocator:
         """
         if self._fisher is None:
             return
-        self._follow_model()
+        self.follow_model()
         squares = self._norms.of_gradients()
         average = torch.lerp(squares, self._fisher.to(squares.dtype), FISHER_DECAY)
         self._fisher = torch.where(squares.sum() < math.inf, average, self._fisher)
@@ -197,7 +197,7 @@ class RankAllocator:
                 "but it was not."
             )
         self.steps += 1
-        self._follow_model()
+        self.follow_model()
         if self.frozen or self.steps % self.settings.interval:
             return
         norms = functional.norms_by_rank(self._norms.of_parameters())
@@ -247,7 +247,7 @@ class RankAllocator:
         Returns:
             Ranks and budget of each of them and of the present, and the number of skipped steps.
         """
-        self._follow_model()
+        self.follow_model()
         steps = [*earlier, (self.ranks, self.budget)]
         ranks = torch.stack([ranks for ranks, _ in steps]).double()
         budgets = torch.stack([budget for _, budget in steps]).double()
@@ -267,7 +267,7 @@ class RankAllocator:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a run needs to resume, as tensors and plain types."""
-        self._follow_model()
+        self.follow_model()
         return {
             "layer_names": list(self.layer_names),
             "max_rank": self.max_rank,
@@ -338,7 +338,7 @@ class RankAllocator:
         for optimizer in optimizers:
             reset_optimizer_state(optimizer, [p for layer in self._projections for p in (layer.lora_A, layer.lora_B)])
         self.condensed = True
-        self._follow_model()
+        self.follow_model()
         self.budget = (self.ranks * self.costs).sum()
         return condensation
 
@@ -360,10 +360,10 @@ class RankAllocator:
         return contribution
 
     @torch.no_grad()
-    def _follow_model(self) -> None:
+    def follow_model(self) -> None:
         """Continue with the ranks and on the device of the model, if its masks are not those that were noted.
 
-        Masks that were changed in place often have the same values, for example when DDP sends buffers. They are
+        The other methods do this first. Masks that were changed in place often have the same values, for example when DDP sends buffers. They are
         compared on the device. Masks that were replaced belong to another state of the model, so the values of its
         layers are not compared with the old ones, and growth is zero in the next step.
         """

@@ -327,6 +327,8 @@ class LaLoraCallback(AdapterCheckpoints):
             if trainer.ckpt_path is None:
                 self._history.drop_unlogged()
             if not is_behind:
+                # Ranks that were set since the allocator was built count.
+                self.allocator.follow_model()
                 # For the history only: as with the module's own metrics, logs begin after the first step.
                 self._history.note(trainer.global_step, None, self.allocator)
             self._read()

@@ -100,8 +100,7 @@ def add_adapter(
     for (start, stop), hidden_s, B_s in zip(
         out_slices, _columns(hidden, out_slices), _rows(B, out_slices), strict=True
     ):
-        product = scaling * hidden_s @ B_s.T
-        out = out + (product if stop - start == width else F.pad(product, (start, width - stop)))
+        out = out + F.pad(scaling * hidden_s @ B_s.T, (start, width - stop))
     return out
 
 
