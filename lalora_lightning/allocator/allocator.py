@@ -363,9 +363,9 @@ class RankAllocator:
     def follow_model(self) -> None:
         """Continue with the ranks and on the device of the model, if its masks are not those that were noted.
 
-        The other methods do this first. Masks that were changed in place often have the same values, for example when DDP sends buffers. They are
-        compared on the device. Masks that were replaced belong to another state of the model, so the values of its
-        layers are not compared with the old ones, and growth is zero in the next step.
+        The other methods do this first. Masks that were changed in place often have the same values, for example when
+        DDP sends buffers. They are compared on the device. Masks that were replaced belong to another state of the
+        model, so the values of its layers are not compared with the old ones, and growth is zero in the next step.
         """
         masks = [layer.rank_mask for layer in self._projections]
         replaced = any(mask is not noted for mask, (noted, _) in zip(masks, self._noted, strict=True))
