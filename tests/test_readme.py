@@ -27,7 +27,7 @@ def python_snippets(page: str, section: str = "") -> list[str]:
 
 def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     snippets = python_snippets("README.md")
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     callback_snippets = python_snippets("docs/callback.md")
     assert len(callback_snippets) == 3
     loop_snippets = python_snippets("docs/interoperability.md", "Training loops")
