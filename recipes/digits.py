@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lalora_lightning import LaLoraCallback, lora_layers, lora_state_dict
 from lalora_lightning.modules.image_classification import ImageClassificationModule
-from lalora_lightning.runs import component_size
 from lalora_lightning.tables import text_table
+from recipes.comparison.ranks import adapter_parameters
 from recipes.console import mean_and_spread, quiet
 
 __all__ = [
@@ -130,10 +130,8 @@ def main(seeds: int = 1, steps: int = 300, batch_size: int = 64, output: Path = 
         trainer.fit(model, DataLoader(train, batch_size, shuffle=True, drop_last=True, generator=order))
         seconds = time.perf_counter() - start
         (scores,) = trainer.test(model, DataLoader(test, len(test)), verbose=False)
-        layers = lora_layers(model).values()
-        parameters = sum(component_size(layer.lora_A, layer.lora_B) * int(layer.rank) for layer in layers)
-        results.append(Result(adaptation.title, 100 * scores["test/accuracy"], parameters, seconds))
-        if layers:
+        results.append(Result(adaptation.title, 100 * scores["test/accuracy"], adapter_parameters(model), seconds))
+        if lora_layers(model):
             torch.save(lora_state_dict(model), folder / "adapter.pt")
         for callback in callbacks:
             if isinstance(callback, LaLoraCallback) and callback.allocator is not None:

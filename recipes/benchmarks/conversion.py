@@ -21,6 +21,7 @@ from lalora_lightning import condense_lora, load_peft_adapter, lora_layers
 from lalora_lightning.adapters import find_head
 from lalora_lightning.tables import text_table
 from recipes.benchmarks.common import machine, write_json
+from recipes.comparison.ranks import adapter_parameters
 from recipes.comparison.tasks import ComparisonTask, TaskSettings, build_task
 from recipes.console import mean_and_spread, quiet
 from recipes.methods.projections import find_projections
@@ -96,7 +97,7 @@ def measure(task: ComparisonTask, seed: int, learning_rate: float, rank: int, to
             module.load_state_dict(head, strict=False)
             lost = sum(float((increments[key] - value).square().sum()) for key, value in _increments(module).items())
             score = _test(task, seed, module)
-            parameters = _parameters(module)
+            parameters = adapter_parameters(module)
             results.append(
                 {"conversion": name, "seed": seed, "parameters": parameters, "score": score, "error": lost / energy}
                 | {"seconds": seconds}
@@ -117,7 +118,7 @@ def measure(task: ComparisonTask, seed: int, learning_rate: float, rank: int, to
             save_as_lora(f"{folder}/{share}", peft_model, share)
             seconds = time.perf_counter() - start
             module = _loaded(task, Path(folder) / str(share))
-            if _parameters(module) <= limit:
+            if adapter_parameters(module) <= limit:
                 fits, best, best_seconds = share, module, seconds
             else:
                 fails = share
@@ -160,16 +161,8 @@ def _loaded(task: ComparisonTask, folder: Path) -> Any:
 
 
 def _increments(module: nn.Module) -> dict[str, Tensor]:
-    """Return ``scaling * B A`` of each layer, ``(m, d)``, by name."""
-    return {
-        name: layer.scaling * layer.lora_B.detach() @ (layer.rank_mask[:, None] * layer.lora_A.detach())
-        for name, layer in lora_layers(module).items()
-    }
-
-
-def _parameters(module: nn.Module) -> int:
-    layers = lora_layers(module).values()
-    return sum(int(layer.rank) * (layer.lora_A.shape[1] + layer.lora_B.shape[0]) for layer in layers)
+    """Return the increment of each layer, ``(m, d)``, by name."""
+    return {name: layer.increment().detach() for name, layer in lora_layers(module).items()}
 
 
 def _test(task: ComparisonTask, seed: int, module: Any) -> float:

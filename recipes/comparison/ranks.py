@@ -6,8 +6,9 @@ from torch import nn
 
 from lalora_lightning import lora_layers
 from lalora_lightning.names import group_names
+from lalora_lightning.runs import component_size
 
-__all__ = ["layer_ranks", "projection_ranks", "trimmed_parameters"]
+__all__ = ["adapter_parameters", "layer_ranks", "projection_ranks", "trimmed_parameters"]
 
 
 def layer_ranks(model: nn.Module) -> dict[str, float]:
@@ -22,6 +23,12 @@ def projection_ranks(model: nn.Module) -> dict[str, int]:
     for name, layer in _peft_layers(model).items():
         ranks[name] = _kept_triplets(layer) if hasattr(layer, "lora_E") else layer.r["default"]
     return ranks
+
+
+def adapter_parameters(model: nn.Module) -> int:
+    """Return the parameters of this package's adapters, cut to their current ranks."""
+    layers = lora_layers(model).values()
+    return sum(component_size(layer.lora_A, layer.lora_B) * int(layer.rank) for layer in layers)
 
 
 def trimmed_parameters(model: nn.Module) -> int:

@@ -148,11 +148,6 @@ def _images(
         module.load_state_dict(backbone, strict=False)
         return module
 
-    def loaders(seed: int, rows: Scored) -> tuple[dict[str, Any], dict[str, Any]]:
-        order = torch.Generator().manual_seed(seed)
-        training = DataLoader(train, batch_size, shuffle=True, drop_last=True, generator=order)
-        return {"train_dataloaders": training}, {"dataloaders": DataLoader(scored[rows], 500)}
-
     return ComparisonTask(
         name,
         settings={
@@ -167,7 +162,7 @@ def _images(
         steps=settings.steps,
         epochs=None,
         new_module=new_module,
-        loaders=loaders,
+        loaders=functools.partial(_loaders, train, scored, (batch_size, 500), None),
     )
 
 
@@ -220,11 +215,6 @@ def _dialogsum(settings: TaskSettings) -> ComparisonTask:
     scored: dict[Scored, Any] = {"selection": parts["test"], "test": texts["test"]}
     collate = collator(tokenizer)
 
-    def loaders(seed: int, rows: Scored) -> tuple[dict[str, Any], dict[str, Any]]:
-        order = torch.Generator().manual_seed(seed)
-        training = DataLoader(parts["train"], batch_size, True, drop_last=True, generator=order, collate_fn=collate)
-        return {"train_dataloaders": training}, {"dataloaders": DataLoader(scored[rows], 100, collate_fn=collate)}
-
     return ComparisonTask(
         "dialogsum",
         settings={
@@ -241,8 +231,23 @@ def _dialogsum(settings: TaskSettings) -> ComparisonTask:
         steps=settings.steps,
         epochs=None,
         new_module=functools.partial(NextTokenModule, settings.language_model),
-        loaders=loaders,
+        loaders=functools.partial(_loaders, parts["train"], scored, (batch_size, 100), collate),
     )
+
+
+def _loaders(
+    train: Any,
+    scored: Mapping[Scored, Any],
+    batch_sizes: tuple[int, int],
+    collate: Callable[[list[Any]], Any] | None,
+    seed: int,
+    rows: Scored,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return loaders of the training rows, in an order that only depends on the seed, and of the scored rows."""
+    order = torch.Generator().manual_seed(seed)
+    training = DataLoader(train, batch_sizes[0], True, drop_last=True, generator=order, collate_fn=collate)
+    scoring = DataLoader(scored[rows], batch_sizes[1], collate_fn=collate)
+    return {"train_dataloaders": training}, {"dataloaders": scoring}
 
 
 def _last_folders(model: str) -> str:
