@@ -36,10 +36,10 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
 
     A :class:`RankAllocator` updates the ranks after each optimizer step. Its ranks are added to the training logs as
     ``rank/<layer>``, ``rank/total`` and ``rank/budget``. Steps between two logs that changed the ranks get entries of
-    their own in the Trainer's ``log_history``. Integrations named in ``report_to`` are called before this callback and
-    do not get the ranks. Set ``report_to="none"`` instead, and add the integration's callback after this one.
-    Checkpoints contain the state that a run needs to resume. A second ``train()`` continues with the ranks of the
-    first.
+    their own in the Trainer's ``log_history``. Condensing adds ``fit/energy_kept`` there. Integrations named in
+    ``report_to`` are called before this callback and do not get the ranks. Set ``report_to="none"`` instead,
+    and add the integration's callback after this one. Checkpoints contain the state that a run needs to resume. A
+    second ``train()`` continues with the ranks of the first.
 
     With ``contribution="fisher"`` the gradients are read after the Trainer has clipped them.
 
@@ -133,7 +133,8 @@ class LaLoraTrainerCallback(TrainerCallback, ExportableState):
         step = state.global_step + 1
         if self.condense_to is not None and not self.allocator.condensed and step >= self._condensing_step(state):
             agree = broadcast_from_first if args.world_size > 1 else None
-            self.allocator.condense(self.condense_to, [kwargs["optimizer"]], agree)
+            condensation = self.allocator.condense(self.condense_to, [kwargs["optimizer"]], agree)
+            state.log_history.append({log_keys.ENERGY_KEPT: condensation.total_energy, "step": step})
         self._history.note(step, step, self.allocator)
 
     def on_train_end(

@@ -305,11 +305,16 @@ def _summary_cells(runs: Sequence[Outcome]) -> list[str]:
     others = [rank for run in runs for name, rank in run.ranks.items() if name not in run.damaged]
     shares = [[share_of_first(run) for run in runs], [ranked_above(run) for run in runs]]
     return [
-        *(f"{statistics.mean(values):.0%} +- {confidence(values):.0%}" for values in shares),
+        *(_share(values) for values in shares),
         f"{statistics.mean(damaged):.2f}",
         f"{statistics.mean(others):.2f}",
         " -> ".join(mean_and_spread([run.accuracy[stage] for run in runs]) for stage in ("damaged", "adapted")),
     ]
+
+
+def _share(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.0%}"
+    return mean if len(values) == 1 else f"{mean} +- {confidence(values):.0%}"
 
 
 def rank_table(run: Outcome) -> str:

@@ -314,9 +314,13 @@ def test_transformers_trainer_condenses(tmp_path: Path, optim: str, settings: di
     assert used <= callback.condense_to * len(expected)
     assert budgets[12] > budgets[13]
     assert budgets[13:] == pytest.approx([used] * 15)
+    (energy,) = (log for log in whole.state.log_history if "fit/energy_kept" in log)
+    assert energy["step"] == 14
+    assert 0 < energy["fit/energy_kept"] < 1
     for step in steps:
         resumed, again = run(tmp_path / f"checkpoint-{step}")
         assert again.allocator.ranks.tolist() == expected
+        assert energy in resumed.state.log_history
         for own, other in zip(lora_layers(resumed.model).values(), lora_layers(whole.model).values(), strict=True):
             assert torch.equal(own.lora_A, other.lora_A)
             assert torch.equal(own.lora_B, other.lora_B)

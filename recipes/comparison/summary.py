@@ -4,9 +4,9 @@ import csv
 import dataclasses
 import json
 import math
-import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -102,8 +102,9 @@ def markdown(rows: Sequence[Row], baseline: str = REFERENCE) -> str:
 
     If there are several, a table of all of them comes first.
     """
-    sections = [_overview(rows, baseline)] if len(_comparisons(rows)) > 1 else []
-    for comparison in _comparisons(rows):
+    comparisons = _comparisons(rows)
+    sections = [_overview(comparisons, baseline)] if len(comparisons) > 1 else []
+    for name, comparison in comparisons.items():
         first = comparison[0]
         metric = first.metric.removeprefix("test/")
         settings = ", ".join(f"{key} {value}" for key, value in json.loads(first.task_settings).items())
@@ -112,7 +113,7 @@ def markdown(rows: Sequence[Row], baseline: str = REFERENCE) -> str:
         header += ["trainable parameters", "total rank", "seconds", "memory (MiB)", "learning rate"]
         table = markdown_table(header, [_cells(row, baseline) for row in comparison], left=[0])
         protocol = json.loads(first.protocol)
-        sections.append(f"## {first.task}\n\n{settings}; {_choice(protocol)}; precision {first.precision}\n\n{table}\n")
+        sections.append(f"## {name}\n\n{settings}; {_choice(protocol)}; precision {first.precision}\n\n{table}\n")
         if any(row.selection_scores for row in comparison):
             seeds = len(protocol["selection_seeds"])
             sections.append(
@@ -153,15 +154,10 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Figure]:
-    """Return figures of each comparison by task: its scores and, with ``-rates``, its scores by learning rate.
-
-    Further comparisons of a task have a number.
-    """
+    """Return figures of each comparison by its name: its scores and, with ``-rates``, its scores by learning rate."""
     by_name: dict[str, Figure] = {}
-    for comparison in _comparisons(rows):
-        name = comparison[0].task.replace("/", "-")
-        if name in by_name:
-            name += f"-{sum(re.fullmatch(rf'{name}(-[0-9]+)?', other) is not None for other in by_name) + 1}"
+    for title, comparison in _comparisons(rows).items():
+        name = title.replace("/", "-")
         metric = comparison[0].metric.removeprefix("test/")
         by_name[name] = plot_comparison({row.method: row.scores for row in comparison}, f"{metric}, %")
         if by_rate := {row.method: row.selection_scores for row in comparison if row.selection_scores}:
@@ -169,12 +165,21 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
     return by_name
 
 
-def _comparisons(rows: Sequence[Row]) -> list[list[Row]]:
-    """Group rows by what is the same for all runs of a comparison."""
+def _comparisons(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Group rows by what is the same for all runs of a comparison.
+
+    Returns:
+        The comparisons by name: that of the task, with a number for further comparisons of this task.
+    """
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.task, row.task_settings, row.protocol, row.precision), []).append(row)
-    return list(groups.values())
+    named: dict[str, list[Row]] = {}
+    numbers: Counter[str] = Counter()
+    for (task, *_), group in groups.items():
+        numbers[task] += 1
+        named[task if numbers[task] == 1 else f"{task}-{numbers[task]}"] = group
+    return named
 
 
 def _row(runs: list[Record], baseline: dict[int, float]) -> Row:
@@ -231,18 +236,16 @@ def _choice(protocol: Record) -> str:
     return f"learning rate of each method chosen among {listed} and beyond"
 
 
-def _overview(rows: Sequence[Row], baseline: str) -> str:
+def _overview(comparisons: Mapping[str, Sequence[Row]], baseline: str) -> str:
     """Return a table of methods by task: the scores of the baseline, and the differences of the other methods to it."""
-    comparisons = _comparisons(rows)
-    methods = sorted(dict.fromkeys(row.method for row in rows), key=lambda method: method != baseline)
+    methods = dict.fromkeys(row.method for rows in comparisons.values() for row in rows)
     table = []
-    for method in methods:
-        found = [[row for row in comparison if row.method == method] for comparison in comparisons]
+    for method in sorted(methods, key=lambda method: method != baseline):
+        found = [[row for row in rows if row.method == method] for rows in comparisons.values()]
         show = _score if method == baseline else _difference
         table.append([method, *(show(row[0]) if row else "" for row in found)])
-    header = ["method", *(comparison[0].task for comparison in comparisons)]
     title = f"Scores of {baseline}, and differences of the other methods to it with their 95% intervals"
-    return f"## All tasks\n\n{title}\n\n{markdown_table(header, table, left=[0])}\n"
+    return f"## All tasks\n\n{title}\n\n{markdown_table(['method', *comparisons], table, left=[0])}\n"
 
 
 def _score(row: Row) -> str:

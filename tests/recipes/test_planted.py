@@ -114,4 +114,5 @@ def test_all_damages_together():
     # Of the missed one, a third is above its kind: two ties of three pairs.
     assert rows[0][:10] == ["all", "norms", "3", "67%", "+-", "143%", "78%", "+-", "96%", "1.67"]
     assert rows[1][:6] == ["1", "anywhere,", "strength", "1", "norms", "2"]
-    assert rows[2][:12] == ["1", "anywhere,", "strength", "0.5", "norms", "1", "100%", "+-", "0%", "100%", "+-", "0%"]
+    # A single run says nothing about the spread.
+    assert rows[2][:9] == ["1", "anywhere,", "strength", "0.5", "norms", "1", "100%", "100%", "2.00"]

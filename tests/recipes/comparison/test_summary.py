@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,10 @@ def test_all_tasks_together():
         "| head | -20.0 |  |",
     ]
     assert "All tasks" not in markdown(summarize(RECORDS[:4]))
+    longer = [{**r, "task_settings": {"steps": 9}} for r in RECORDS[:1]]
+    text = markdown(summarize([*RECORDS[:2], *longer]))
+    assert "| method | digits | digits-2 |" in text
+    assert re.findall("^## (.*)", text, re.MULTILINE) == ["All tasks", "digits", "digits-2"]
 
 
 def test_another_baseline():
