@@ -70,13 +70,13 @@ class Adaptation:
 _ALL = {"target_modules": "all-linear"}
 
 ADAPTATIONS = (
-    Adaptation("head", "new head only", 2e-2, None),
+    Adaptation("head", "new head only", 8e-2, None),
     Adaptation("lora", "query and value, LoRA at rank 8", 2e-2, {"rank": 8, "fixed_ranks": True}),
     Adaptation("lalora", "query and value, ranks grow to 8", 2e-2, {"rank": 8, "log_sparsity": True}),
     Adaptation("lora-all", "all linear layers, LoRA at rank 2", 1e-2, {"rank": 2, "fixed_ranks": True, **_ALL}),
     Adaptation(
         "lalora-all",
-        "all linear layers, grow to 2 on average",
+        "all linear layers, grow to 2, by kind",
         2e-2,
         {"rank": 8, "average_rank": 2, "group_by": "kind", **_ALL},
     ),

@@ -31,7 +31,7 @@ def test_snippets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     callback_snippets = python_snippets("docs/callback.md")
     assert len(callback_snippets) == 3
     loop_snippets = python_snippets("docs/interoperability.md", "Training loops")
-    assert len(loop_snippets) == 3
+    assert len(loop_snippets) == 2
     monkeypatch.chdir(tmp_path)
     # Small models stand for those on the Hub.
     bert = BertForSequenceClassification(

@@ -1,4 +1,4 @@
-"""Pages for files outside docs/: the changelog, the recipes' README, and the notebooks with their outputs.
+"""Pages for files outside docs/: the README as the home page, other Markdown files, and the notebooks with outputs.
 
 Links are written for the repository, so that GitHub can follow them. This hook rewrites them: a link to a file that
 has a page leads to that page. A link to any other file leads to ``repo_url`` if that is set, and becomes plain text
@@ -45,7 +45,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Rewrite the links that leave docs/."""
-    sources = {page: source for source, page in PAGES.items() if source != "README.md"}
+    sources = {page: source for source, page in PAGES.items()}
     uri = page.file.src_uri
     is_notebook = uri.startswith(f"{NOTEBOOKS}/")
     source = uri.replace(".md", ".ipynb") if is_notebook else sources.get(uri, f"docs/{uri}")

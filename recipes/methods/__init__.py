@@ -64,7 +64,7 @@ _METHODS = (
     Method(
         "eva",
         "EVA, Paischer et al. 2024 (arXiv 2410.07170)",
-        "r (m + d) per projection, with ranks of mean R",
+        "about r (m + d) per projection on average",
         add_eva,
     ),
     Method(
