@@ -16,6 +16,7 @@ import multiprocessing
 import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from recipes.comparison import (
     write_csv,
 )
 from recipes.comparison.selection import (
+    SELECTION_SEEDS,
     ProtocolError,
     best_rate,
     new_protocol,
@@ -87,21 +89,23 @@ def compare(
         report_only: Only read the file and write the tables.
 
     Returns:
-        The number of runs that failed.
+        The number of planned runs that failed.
 
     Raises:
-        ValueError: A method, a setting or a task is unknown.
+        ValueError: A method, a setting or a task is unknown, or a seed is one of those that choose learning rates.
         ProtocolError: The file has runs whose learning rates were chosen differently.
         FileNotFoundError: Data or model cannot be found or downloaded.
     """
     _quiet()
     planned = [parse_method(spec) for spec in methods]
     compared_to = method_label(*parse_method(baseline))
+    if reserved := set(seeds) & set(SELECTION_SEEDS):
+        raise ValueError(f"Expected seeds that do not choose learning rates but got {min(reserved)}; use another seed.")
     comparison = Comparison(output)
     for name in [] if report_only else tasks:
         task = build_task(name, task_settings)
         protocol = new_protocol(learning_rates or rate_grid(task.learning_rate))
-        require_same_protocol(comparison.done.values(), task.name, protocol)
+        require_same_protocol(comparison.done.values(), task.name, protocol, task.backbone)
         plans: list[Record] = [
             {
                 "task": task.name,
@@ -130,14 +134,15 @@ class Comparison:
         output: The file.
 
     Attributes:
-        done: The records of all runs by key.
-        failed: Number of runs that failed.
+        done: The records of all runs by key. Those of failed runs have the reason as ``failed``, and no score.
+        failed: Number of planned runs that failed, and of methods without a learning rate.
     """
 
     def __init__(self, output: Path) -> None:
         self.output = output
         self.done = {run_key(record): record for record in read_records(output)}
         self.failed = 0
+        self._to_repeat = {key for key, record in self.done.items() if "failed" in record}
 
     def run(
         self, plans: list[Record], seeds: list[int], pool: Executor, train: Callable[[Record], Record], jobs: int = 1
@@ -152,11 +157,11 @@ class Comparison:
             jobs: Number of runs at a time.
         """
         plans = list(plans)
-        failed: dict[str, Record | None] = {}
         running: dict[Future[Record], Record] = {}
         while True:
             started = {run_key(run) for run in running.values()}
-            for run in next_runs(plans, seeds, {**self.done, **failed}):
+            outcomes = {key: record for key, record in self.done.items() if key not in self._to_repeat}
+            for run in next_runs(plans, seeds, outcomes):
                 if len(running) == jobs:
                     break
                 if run_key(run) not in started:
@@ -168,18 +173,21 @@ class Comparison:
                 run = running.pop(future)
                 try:
                     self.add({**run, **future.result()})
+                except BrokenProcessPool:
+                    raise
                 except NotApplicableError as error:
                     # The other runs of this plan may have started already.
                     if same := [plan for plan in plans if plan.items() <= run.items()]:
                         print(f"{run['task']}, {label(run)}: {error}", file=sys.stderr)
                         plans = [plan for plan in plans if plan not in same]
-                except ValueError as error:
+                except Exception as error:
                     # At some learning rates, a method may diverge.
-                    self.failed += run["searched"] is None
-                    failed[run_key(run)] = None
-                    print(f"{run_title(run)}: {error}", file=sys.stderr)
+                    kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                    self.add({**run, "failed": f"{kind}{error}"})
         for plan in plans:
-            scores, _ = selection(plan, {**self.done, **failed})
+            scores, _ = selection(plan, self.done)
+            compared = [self.done.get(run_key({**plan, "seed": seed, "searched": None})) for seed in seeds]
+            self.failed += sum(run is not None and "failed" in run for run in compared)
             if scores and best_rate(scores) is None:
                 self.failed += 1
                 print(
@@ -188,9 +196,13 @@ class Comparison:
                 )
 
     def add(self, record: Record) -> None:
-        """Add the record of a run to the file, and print its score."""
+        """Add the record of a run to the file, and print its score or why it failed."""
         self.done[run_key(record)] = record
+        self._to_repeat.discard(run_key(record))
         append_record(self.output, record)
+        if "failed" in record:
+            print(f"{run_title(record)}: {record['failed']}", file=sys.stderr)
+            return
         rows = "" if record["searched"] is None else "selection: "
         print(f"{rows}{run_title(record)}: {100 * record['score']:.1f} in {record['seconds']:.0f} s", flush=True)
 
@@ -216,7 +228,7 @@ class _InThisProcess(Executor):
         future: Future[Any] = Future()
         try:
             future.set_result(function(*args, **kwargs))
-        except ValueError as error:
+        except Exception as error:
             future.set_exception(error)
         return future
 

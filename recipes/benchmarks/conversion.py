@@ -23,6 +23,7 @@ from lalora_lightning.tables import text_table
 from recipes.benchmarks.common import machine, write_json
 from recipes.comparison.ranks import adapter_parameters
 from recipes.comparison.tasks import ComparisonTask, TaskSettings, build_task
+from recipes.comparison.training import VERSIONS
 from recipes.console import mean_and_spread, quiet
 from recipes.methods.projections import find_projections
 
@@ -71,7 +72,9 @@ def main(
     device = machine(torch.device("cpu"))
     print(f"\nPEFT LoRA at rank {rank} on {task}, converted to the parameters of rank {to}; {device}\n")
     print(text_table(["adapter", "parameters", f"{built.metric}, %", "energy lost, %", "seconds"], rows))
-    write_json(json, {"machine": device, "settings": built.settings, "results": results})
+    arguments = {"task": task, "learning_rate": learning_rate, "rank": rank, "to": to}
+    settings = {**arguments, **built.settings}
+    write_json(json, {"machine": device, "versions": VERSIONS, "settings": settings, "results": results})
 
 
 def measure(task: ComparisonTask, seed: int, learning_rate: float, rank: int, to: int) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Ranks and trimmed parameter counts of low-rank layers, both this package's and peft's."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -11,9 +12,8 @@ from lalora_lightning.runs import component_size
 __all__ = ["adapter_parameters", "layer_ranks", "projection_ranks", "trimmed_parameters"]
 
 
-def layer_ranks(model: nn.Module) -> dict[str, float]:
-    """Return the rank of each transformer block that has low-rank layers: the mean over its projections."""
-    ranks = projection_ranks(model)
+def layer_ranks(ranks: Mapping[str, int]) -> dict[str, float]:
+    """Return the rank of each transformer block: the mean over its projections, given the rank of each by name."""
     return {block: sum(ranks[name] for name in names) / len(names) for block, names in group_names(ranks).items()}
 
 

@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 Record = dict[str, Any]
-"""A run: what was planned (task, method, settings, seed, ...) and what was measured."""
+"""A run: what was planned (task, method, settings, seed, ...) and what was measured, or why it ``failed``."""
 
 SAME_COMPARISON = ("task", "task_settings", "protocol", "precision")
 """Runs with equal values of these keys are compared with each other."""
@@ -65,7 +65,7 @@ def read_lines(path: Path) -> list[Record]:
 
 
 def read_records(path: Path) -> list[Record]:
-    """Read all complete records of a file; an incomplete last line is ignored.
+    """Read all complete records of a file; an incomplete last line is ignored. Of a repeated run, the last one counts.
 
     Settings that were added to a method after the run get their default, which corresponds to the earlier behavior.
     Removed settings are dropped if their value corresponds to the current method. Records without a protocol get that
@@ -74,7 +74,7 @@ def read_records(path: Path) -> list[Record]:
     Returns:
         The records; an empty list if there is no such file.
     """
-    return [
+    records = [
         {
             "protocol": _first_protocol(record),
             **record,
@@ -82,6 +82,7 @@ def read_records(path: Path) -> list[Record]:
         }
         for record in read_lines(path)
     ]
+    return list({run_key(record): record for record in records}.values())
 
 
 def append_record(path: Path, record: Record) -> None:
@@ -123,4 +124,13 @@ def _current_settings(method: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _key(record: Record, names: Sequence[str]) -> str:
-    return json.dumps([record[name] for name in names], sort_keys=True)
+    return json.dumps([_with_integers(record[name]) for name in names], sort_keys=True)
+
+
+def _with_integers(value: Any) -> Any:
+    """Return a value in which 2.0 is 2, since both are the same setting."""
+    if isinstance(value, dict):
+        return {key: _with_integers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_integers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from recipes.comparison.records import Record, run_key
+from recipes.comparison.records import Record, label, run_key
 
 __all__ = [
     "HIGHEST_RATE",
@@ -61,13 +61,24 @@ def new_protocol(rates: Iterable[float]) -> Record:
     }
 
 
-def require_same_protocol(records: Iterable[Record], task: str, protocol: Record) -> None:
+def require_same_protocol(records: Iterable[Record], task: str, protocol: Record, backbone: str | None = None) -> None:
     """Check that recorded runs follow a protocol. Only other tasks may have another grid of learning rates.
 
+    Args:
+        records: The runs.
+        task: Name of the task of the planned runs.
+        protocol: What decides on their learning rates.
+        backbone: What identifies the weights that the task adapts, if it pretrains them. Records may lack it.
+
     Raises:
-        ProtocolError: A run follows another protocol.
+        ProtocolError: A run follows another protocol, or adapts other weights.
     """
     for record in records:
+        if record["task"] == task and record.get("backbone", backbone) != backbone:
+            raise ProtocolError(
+                f"Expected a file of runs that adapt one pretrained backbone, {backbone}, but its runs of {task} adapt "
+                f"another one, {record['backbone']}; choose another file, or the --cache of its runs."
+            )
         other = {**protocol, "learning_rates": record["protocol"]["learning_rates"]}
         if record["protocol"] not in ([protocol] if record["task"] == task else [other]):
             raise ProtocolError(
@@ -106,12 +117,12 @@ def rates_to_try(grid: Iterable[float], scores: Scores) -> list[float]:
     return []
 
 
-def selection(plan: Record, outcomes: Mapping[str, Record | None]) -> tuple[Scores, list[Record]]:
+def selection(plan: Record, outcomes: Mapping[str, Record]) -> tuple[Scores, list[Record]]:
     """Return the scores by learning rate so far, and the runs that are needed to go on with the choice.
 
     Args:
         plan: A method, with everything that identifies a run except for seed and learning rate.
-        outcomes: Records of the runs by key; None for a run that failed.
+        outcomes: Records of the runs by key; those of failed runs have no score.
     """
     scores: dict[float, Sequence[float | None]] = {}
     seeds = plan["protocol"]["selection_seeds"]
@@ -121,12 +132,11 @@ def selection(plan: Record, outcomes: Mapping[str, Record | None]) -> tuple[Scor
         if missing:
             return scores, missing
         for rate in rates:
-            records = [outcomes[run_key(run)] for run in runs if run["learning_rate"] == rate]
-            scores[rate] = [None if record is None else record["score"] for record in records]
+            scores[rate] = [outcomes[run_key(run)].get("score") for run in runs if run["learning_rate"] == rate]
     return scores, []
 
 
-def next_runs(plans: Iterable[Record], seeds: Iterable[int], outcomes: Mapping[str, Record | None]) -> Iterator[Record]:
+def next_runs(plans: Iterable[Record], seeds: Iterable[int], outcomes: Mapping[str, Record]) -> Iterator[Record]:
     """Yield the missing runs that can be done now.
 
     All plans come with one seed before the next, so that methods can be compared before all seeds are done.
@@ -134,7 +144,10 @@ def next_runs(plans: Iterable[Record], seeds: Iterable[int], outcomes: Mapping[s
     Args:
         plans: The methods, see :func:`selection`.
         seeds: Seeds of the compared runs.
-        outcomes: Records of the runs by key; None for a run that failed.
+        outcomes: Records of the runs by key; those of failed runs have no score.
+
+    Raises:
+        ProtocolError: Compared runs of a method have another learning rate than the one that is chosen now.
     """
     plans = list(plans)
     choices = [selection(plan, outcomes) for plan in plans]
@@ -145,10 +158,16 @@ def next_runs(plans: Iterable[Record], seeds: Iterable[int], outcomes: Mapping[s
                 continue
             rate = best_rate(scores) if scores else plan["protocol"]["learning_rates"][0]
             if rate is not None:
-                named = {f"{rate:g}": list(values) for rate, values in sorted(scores.items())}
+                named = {repr(rate): list(values) for rate, values in sorted(scores.items())}
                 run = {**plan, "seed": seed, "searched": None, "learning_rate": rate, "selection_scores": named}
-                if run_key(run) not in outcomes:
+                done = outcomes.get(run_key(run))
+                if done is None:
                     yield run
+                elif done["learning_rate"] != rate:
+                    raise ProtocolError(
+                        f"Expected runs of {label(run)} to have the learning rate that is chosen now, {rate:g}, but "
+                        f"that of seed {seed} has {done['learning_rate']:g}; choose another file."
+                    )
 
 
 def _mean(scores: Sequence[float | None]) -> float:

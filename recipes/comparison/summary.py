@@ -37,11 +37,12 @@ class Row:
         method: Name and settings of the method.
         metric: Name of the score.
         seeds: Number of runs.
-        scores: Score of each run.
+        failed: Seed and reason of each run that failed.
+        scores: Score of each run; NaN if it failed.
         score: Mean score.
         spread: Standard deviation of the scores; None for a single run.
         worst: Lowest score; NaN if one of them is NaN.
-        trainable_parameters: Trainable parameters during training.
+        trainable_parameters: Trainable parameters during training. These and all below are NaN if all runs failed.
         final_parameters: Trainable parameters after cutting the layers to their final ranks, mean.
         deployed_parameters: The same without the head; None if they were not recorded.
         total_rank: Sum of the layers' final ranks, mean; None for methods without ranks.
@@ -63,11 +64,12 @@ class Row:
     method: str
     metric: str
     seeds: int
+    failed: tuple[str, ...]
     scores: tuple[float, ...]
     score: float
     spread: float | None
     worst: float
-    trainable_parameters: int
+    trainable_parameters: float
     final_parameters: float
     deployed_parameters: float | None
     total_rank: float | None
@@ -89,11 +91,12 @@ def summarize(records: Iterable[Record], baseline: str = REFERENCE) -> list[Row]
         records: The runs.
         baseline: Label of the method to which the others are compared.
     """
-    rows = []
+    rows: list[Row] = []
     for comparison in group_records([r for r in records if r["searched"] is None], SAME_COMPARISON):
         methods = group_records(comparison, ("method", "settings"))
-        compared_to = {r["seed"]: r["score"] for runs in methods if label(runs[0]) == baseline for r in runs}
-        rows += [_row(method, compared_to) for method in methods]
+        compared_to = {r["seed"]: _score(r) for runs in methods if label(runs[0]) == baseline for r in runs}
+        metric = next((r["metric"] for r in comparison if "failed" not in r), "score")
+        rows += [_row(method, metric, compared_to) for method in methods]
     return rows
 
 
@@ -114,6 +117,8 @@ def markdown(rows: Sequence[Row], baseline: str = REFERENCE) -> str:
         table = markdown_table(header, [_cells(row, baseline) for row in comparison], left=[0])
         protocol = json.loads(first.protocol)
         sections.append(f"## {name}\n\n{settings}; {_choice(protocol)}; precision {first.precision}\n\n{table}\n")
+        if failed := [f"- {row.method}, {reason}" for row in comparison for reason in row.failed]:
+            sections.append("\n".join(["Failed:", "", *failed, ""]))
         if any(row.selection_scores for row in comparison):
             seeds = len(protocol["selection_seeds"])
             sections.append(
@@ -182,15 +187,17 @@ def _comparisons(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return named
 
 
-def _row(runs: list[Record], baseline: dict[int, float]) -> Row:
-    scores = [100 * run["score"] for run in runs]
-    differences = [100 * (run["score"] - baseline[run["seed"]]) for run in runs if run["seed"] in baseline]
-    difference = statistics.mean(differences) if differences else None
+def _row(runs: list[Record], metric: str, baseline: dict[int, float]) -> Row:
+    done = [run for run in runs if "failed" not in run]
+    scores = [_score(run) for run in runs]
+    differences = [_score(run) - baseline[run["seed"]] for run in runs if run["seed"] in baseline]
+    difference = statistics.fmean(differences) if differences else None
     half = confidence(differences) if len(differences) > 1 else None
-    ranks = [list(run["ranks"].values()) for run in runs]
-    memory = [run["memory_mib"] for run in runs if run["memory_mib"] is not None]
+    ranks = [run["ranks"] for run in done if run["ranks"]]
+    layers = dict.fromkeys(layer for run in ranks for layer in run)
+    memory = [run["memory_mib"] for run in done if run["memory_mib"] is not None]
     first = runs[0]
-    deployed = [run["deployed_parameters"] for run in runs if "deployed_parameters" in run]
+    deployed = [run["deployed_parameters"] for run in done if "deployed_parameters" in run]
     selection = {float(rate): _mean(values) for rate, values in first.get("selection_scores", {}).items()}
     return Row(
         task=first["task"],
@@ -198,19 +205,20 @@ def _row(runs: list[Record], baseline: dict[int, float]) -> Row:
         protocol=json.dumps(first["protocol"]),
         precision=first["precision"],
         method=label(first),
-        metric=first["metric"],
+        metric=metric,
         seeds=len(runs),
+        failed=tuple(f"seed {run['seed']}: {run['failed']}" for run in runs if "failed" in run),
         scores=tuple(scores),
-        score=statistics.mean(scores),
+        score=statistics.fmean(scores),
         spread=deviation(scores) if len(scores) > 1 else None,
         worst=math.nan if any(map(math.isnan, scores)) else min(scores),
-        trainable_parameters=first["trainable_parameters"],
-        final_parameters=statistics.mean(run["final_parameters"] for run in runs),
-        deployed_parameters=statistics.mean(deployed) if deployed else None,
-        total_rank=statistics.mean(map(sum, ranks)) if ranks[0] else None,
-        ranks=tuple(statistics.mean(layer) for layer in zip(*ranks, strict=True)),
-        seconds=statistics.mean(run["seconds"] for run in runs),
-        memory_mib=statistics.mean(memory) if memory else None,
+        trainable_parameters=done[0]["trainable_parameters"] if done else math.nan,
+        final_parameters=statistics.fmean(run["final_parameters"] for run in done) if done else math.nan,
+        deployed_parameters=statistics.fmean(deployed) if deployed else None,
+        total_rank=statistics.fmean(sum(run.values()) for run in ranks) if ranks else None,
+        ranks=tuple(statistics.fmean(run.get(layer, 0) for run in ranks) for layer in layers),
+        seconds=statistics.fmean(run["seconds"] for run in done) if done else math.nan,
+        memory_mib=statistics.fmean(memory) if memory else None,
         learning_rate=first["learning_rate"],
         selection_scores=selection,
         pairs=len(differences),
@@ -218,6 +226,11 @@ def _row(runs: list[Record], baseline: dict[int, float]) -> Row:
         low=None if difference is None or half is None else difference - half,
         high=None if difference is None or half is None else difference + half,
     )
+
+
+def _score(run: Record) -> float:
+    """Return the score of a run in percent; NaN if it failed."""
+    return 100 * run.get("score", math.nan)
 
 
 def _mean(scores: Sequence[float | None]) -> float:
@@ -242,13 +255,13 @@ def _overview(comparisons: Mapping[str, Sequence[Row]], baseline: str) -> str:
     table = []
     for method in sorted(methods, key=lambda method: method != baseline):
         found = [[row for row in rows if row.method == method] for rows in comparisons.values()]
-        show = _score if method == baseline else _difference
+        show = _mean_score if method == baseline else _difference
         table.append([method, *(show(row[0]) if row else "" for row in found)])
     title = f"Scores of {baseline}, and differences of the other methods to it with their 95% intervals"
     return f"## All tasks\n\n{title}\n\n{markdown_table(['method', *comparisons], table, left=[0])}\n"
 
 
-def _score(row: Row) -> str:
+def _mean_score(row: Row) -> str:
     return f"{row.score:.1f}" + ("" if row.spread is None else f" +- {row.spread:.1f}")
 
 
@@ -276,7 +289,7 @@ def _cells(row: Row, baseline: str) -> list[str]:
     return [
         row.method,
         f"{deployed:,.0f}",
-        _score(row),
+        _mean_score(row),
         f"{row.worst:.1f}",
         "" if row.method == baseline else _difference(row),
         str(row.seeds),

@@ -6,6 +6,7 @@ trained on them.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,7 @@ class TaskSettings:
         dialogsum_path: DialogSum on the Hub, or a folder in the Hub's layout.
         model: The text encoder, on the Hub or a local model folder.
         language_model: The decoder, on the Hub or a local model folder.
-        max_train_rows: Number of texts to train on; all by default.
+        max_train_rows: Number of texts, of which a fifth is held out to choose learning rates; all by default.
         max_length: Maximum number of tokens of a text; longer texts are truncated.
         epochs: Length of a run on GLUE.
         steps: Length of a run on other data, in optimizer steps.
@@ -83,6 +84,7 @@ class ComparisonTask:
         new_module: A function from a learning rate to the backbone with a randomly initialized head.
         loaders: A function from a seed and the rows that are scored to the arguments of ``Trainer.fit`` and
             ``Trainer.test`` that hold the data. The same seed results in the same order of the training rows.
+        backbone: A hash of the backbone's weights, if this recipe pretrains it; otherwise None.
     """
 
     name: str
@@ -93,6 +95,7 @@ class ComparisonTask:
     epochs: int | None
     new_module: Callable[[float], TaskModule]
     loaders: Callable[[int, Scored], tuple[dict[str, Any], dict[str, Any]]]
+    backbone: str | None = None
 
 
 def build_task(name: str, settings: TaskSettings) -> ComparisonTask:
@@ -142,6 +145,9 @@ def _images(
     backbone: dict[str, Tensor],
 ) -> ComparisonTask:
     batch_size = settings.batch_size or 64
+    missing, unexpected = new_model(1e-3).load_state_dict(backbone, strict=False)
+    if unexpected or not all(parameter.startswith("model.head.") for parameter in missing):
+        raise ValueError(f"Expected the weights of the backbone of {name} in {settings.cache}; delete this folder.")
 
     def new_module(learning_rate: float) -> ImageClassificationModule:
         module = new_model(learning_rate)
@@ -163,6 +169,7 @@ def _images(
         epochs=None,
         new_module=new_module,
         loaders=functools.partial(_loaders, train, scored, (batch_size, 500), None),
+        backbone=_hash(backbone),
     )
 
 
@@ -281,6 +288,13 @@ def _cifar10_images(path: str, split: str) -> tuple[Tensor, Tensor]:
     rows = load_splits(path, columns=("img", "label"), splits=("train", "test"))[split]
     images = torch.stack([pil_to_tensor(image) for image in rows["img"]])
     return images.float() / 255, torch.tensor(rows["label"])
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
+    values = hashlib.sha256()
+    for name in sorted(tensors):
+        values.update(name.encode() + tensors[name].numpy().tobytes())
+    return values.hexdigest()[:16]
 
 
 def _cached(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

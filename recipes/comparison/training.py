@@ -17,6 +17,7 @@ from recipes.comparison.records import Record, run_title
 from recipes.comparison.tasks import ComparisonTask
 from recipes.digits import NamedProgressBar
 from recipes.methods import METHODS
+from recipes.methods.eva import EvaCallback
 from recipes.methods.projections import find_projections
 
 __all__ = ["VERSIONS", "Costs", "train"]
@@ -78,7 +79,7 @@ def train(task: ComparisonTask, plan: Record, progress_bar: bool = False) -> Rec
     pl.seed_everything(plan["seed"], verbose=False)
     module = task.new_module(plan["learning_rate"])
     head = find_head(module, find_projections(module).names)
-    head_size = sum(p.numel() for name, p in module.named_parameters() if name in head)
+    head_parameters = [p for name, p in module.named_parameters() if name in head]
     callbacks = METHODS[plan["method"]].adapt(module, **plan["settings"])
     costs = Costs()
     bar = [NamedProgressBar(run_title(plan))] if progress_bar else []
@@ -102,8 +103,14 @@ def train(task: ComparisonTask, plan: Record, progress_bar: bool = False) -> Rec
     if trainer.global_step == 0:
         raise ValueError("Expected at least one batch of training rows but there is none; lower --batch_size.")
     (scores,) = trainer.test(module, **test_data, verbose=False)
-    ranks = layer_ranks(module)
+    # EVA adapts no projection that gets rank 0.
+    targets = [name for callback in callbacks if isinstance(callback, EvaCallback) for name in callback.targets]
+    by_projection = {**dict.fromkeys(targets, 0), **projection_ranks(module)}
+    ranks = layer_ranks(by_projection)
     final = trimmed_parameters(module)
+    # peft trains a copy of the head beside virtual tokens.
+    copies = [p for name, p in module.named_parameters() if ".modules_to_save." in name]
+    head_size = sum(p.numel() for p in [*head_parameters, *copies] if p.requires_grad)
     return {
         "metric": task.metric,
         "score": scores[task.metric],
@@ -112,11 +119,12 @@ def train(task: ComparisonTask, plan: Record, progress_bar: bool = False) -> Rec
         "final_parameters": final,
         "deployed_parameters": final - head_size,
         "ranks": ranks,
-        "projection_ranks": projection_ranks(module),
+        "projection_ranks": by_projection,
         "total_rank": sum(ranks.values()) if ranks else None,
         "seconds": costs.seconds,
         "memory_mib": costs.memory_mib,
         "steps": trainer.global_step,
+        "backbone": task.backbone,
         "device": machine(trainer.strategy.root_device),
         "versions": VERSIONS,
     }

@@ -152,26 +152,8 @@ def parse_method(spec: str) -> tuple[Method, dict[str, Any]]:
     name, _, written = spec.partition(":")
     if name not in METHODS:
         raise ValueError(f"Expected a method to be one of {', '.join(METHODS)} but got {name!r}.")
-    method = METHODS[name]
     try:
         settings = yaml.safe_load("{" + written.replace("=", ": ") + "}")
     except yaml.YAMLError as error:
         raise ValueError(f"Expected settings as name:setting=value,setting=value but got {spec!r}.") from error
-    defaults = method.defaults
-    for key, value in settings.items():
-        if key not in defaults:
-            raise ValueError(f"Expected a setting of {name} to be one of {', '.join(defaults)} but got {key!r}.")
-        if type(defaults[key]) in (int, float):
-            settings[key] = _number(value, type(defaults[key]), f"{key} of {name}")
-    return method, settings
-
-
-def _number(value: Any, kind: type, what: str) -> float:
-    # YAML reads 4 as an integer and 1e-3 as text.
-    try:
-        number = float(value)
-        if kind(number) == number:
-            return kind(number)
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError(f"Expected {what} to be {'an integer' if kind is int else 'a number'} but got {value!r}.")
+    return METHODS[name], METHODS[name].read(settings)

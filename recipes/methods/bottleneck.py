@@ -138,6 +138,8 @@ def adapt_by_bottleneck(
         dropped: Fraction of the blocks without adapters, starting with the first block (AdapterDrop).
     """
     blocks = [module.get_submodule(name) for name in find_projections(module).blocks]
+    for block in blocks:
+        block_layout(block)
     freeze_backbone(module)
     add(blocks[round(dropped * len(blocks)) :], bottleneck)
     return []

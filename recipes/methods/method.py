@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
 from recipes.methods.projections import NotApplicableError
@@ -38,12 +39,39 @@ class Method:
     @property
     def defaults(self) -> dict[str, Any]:
         """All settings with their defaults."""
-        arguments = inspect.signature(self.options or self.build).parameters.values()
-        defaults = {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
-        for name in ("device", "dtype", "save_adapter_only"):
-            # These arguments determine where and how tensors are stored. They do not change the method.
-            defaults.pop(name, None)
-        return {**defaults, **self.presets}
+        return {**{argument.name: argument.default for argument in self._arguments}, **self.presets}
+
+    def read(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return settings with the types of the method's arguments; text is read as numbers where these are expected.
+
+        Raises:
+            ValueError: There is no such setting, or a value has another type.
+        """
+        arguments = {argument.name: argument.annotation for argument in self._arguments}
+        if unknown := [name for name in settings if name not in arguments]:
+            raise ValueError(
+                f"Expected a setting of {self.name} to be one of {', '.join(arguments)} but got {unknown[0]!r}."
+            )
+        return {name: self._read(name, value, arguments[name]) for name, value in settings.items()}
+
+    def _read(self, name: str, value: Any, annotation: Any) -> Any:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument(f"--{name}", type=annotation)
+        try:
+            read = parser.parse_object({name: value}).as_dict()[name]
+        except ArgumentError:
+            read = None
+        if read is None and (value is not None or self.defaults[name] is not None):
+            expected = inspect.formatannotation(annotation)
+            raise ValueError(f"Expected {name} of {self.name} to be {expected} but got {value!r}.")
+        return read
+
+    @property
+    def _arguments(self) -> list[inspect.Parameter]:
+        # The arguments left out determine where and how tensors are stored. They do not change the method.
+        stored = ("device", "dtype", "save_adapter_only")
+        arguments = inspect.signature(self.options or self.build, eval_str=True).parameters.values()
+        return [a for a in arguments if a.default is not inspect.Parameter.empty and a.name not in stored]
 
     def adapt(self, module: nn.Module, **settings: Any) -> list[pl.Callback]:
         """Adapt a module in place, or return callbacks that adapt it when training is set up.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import nn
 
 from lalora_lightning.adapters import find_head
@@ -51,6 +52,7 @@ def add_randlora(
         r=basis_rank,
         randlora_alpha=scaling * basis_rank,  # type: ignore[arg-type]
         randlora_dropout=dropout,
+        projection_prng_key=_seed(),
         target_modules=targets,
     )
     insert_peft_layers(module, config, targets)
@@ -70,9 +72,15 @@ def add_vera(
     targets = whole_projections(module, target_modules)
     head = find_head(module, targets)
     # The layers have references to the shared matrices, so peft's wrapper around the model is not needed.
-    VeraModel(module, VeraConfig(r=shared_rank, vera_dropout=dropout, target_modules=targets), "default")
+    config = VeraConfig(r=shared_rank, vera_dropout=dropout, projection_prng_key=_seed(), target_modules=targets)
+    VeraModel(module, config, "default")
     train_head(module, head)
     return []
+
+
+def _seed() -> int:
+    """Return a seed for peft's random matrices, which follow that of torch; peft's own default is always the same."""
+    return torch.initial_seed() % 2**31
 
 
 def whole_projections(module: nn.Module, target_modules: Sequence[str] | str | None) -> list[str]:

@@ -80,6 +80,21 @@ def test_a_method_that_fails_is_recorded_and_the_others_go_on(tmp_path: Path, mo
     assert set(records) == set(gpu.METHODS["eager"])
 
 
+def test_what_was_measured_before_a_failure_of_the_timing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(steps: dict, *args: object, **kwargs: object) -> dict:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(gpu, "interleave", fail)
+    monkeypatch.setattr(gpu, "parts", lambda sizes, all_parts=gpu.parts: all_parts(sizes)[:1])
+    with pytest.raises(SystemExit, match="1 failed"):
+        gpu.main(tmp_path / "out.json", tiny=True)
+    *kept, failed = records_of(tmp_path / "out.json")
+    assert {record["method"] for record in kept} == set(gpu.METHODS["eager"])
+    assert {record["status"] for record in kept} == {"not timed"}
+    assert all(record["first step seconds"] > 0 and "memory MiB" in record for record in kept)
+    assert failed["status"] == "failed"
+
+
 def test_a_stopped_run_keeps_its_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def measured(run: gpu.Run) -> None:
         run.add_series(

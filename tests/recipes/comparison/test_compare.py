@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -197,7 +199,7 @@ def test_settings_that_do_not_fit_are_reported_and_the_others_go_on(
     settings: TaskSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     records = run(settings, tmp_path / "a.jsonl", methods=["lora:rank=64", "head"], seeds=[0])
-    assert [r["method"] for r in records] == ["head"]
+    assert [r["method"] for r in records if "failed" not in r] == ["head"]
     assert "digits, lora:rank=64, learning rate 0.005, seed 0: Cannot adapt model.blocks.0" in capsys.readouterr().err
 
 
@@ -225,12 +227,66 @@ def test_every_run_that_fails_is_reported_and_the_others_go_on(
     assert len(failing) == 8
     lines = [line for line in capsys.readouterr().err.splitlines() if "no luck" in line]
     assert lines == [f"digits, lora, learning rate 0.1, seed {seed}: no luck" for seed in (1, 3)]
-    assert [(row.method, row.seeds) for row in summarize(read_records(output))] == [("lora", 2), ("head", 4)]
-    assert "| lora |" in output.with_suffix(".md").read_text()
+    # The mean of the others would be too high.
+    lora, head = summarize(read_records(output))
+    assert (lora.method, lora.seeds, lora.failed) == ("lora", 4, ("seed 1: no luck", "seed 3: no luck"))
+    assert all(map(math.isnan, (lora.score, lora.worst, lora.difference)))
+    assert (head.seeds, head.score, head.failed) == (4, 50, ())
+    table = output.with_suffix(".md").read_text()
+    assert "| nan +- nan | nan |" in table
+    assert "Failed:\n\n- lora, seed 1: no luck\n- lora, seed 3: no luck\n" in table
     # They are tried again, and only they.
     failing.clear()
     assert compare.compare(["digits"], ["lora", "head"], [0, 1, 2, 3], [0.1], settings, output) == 2
     assert failing == [("lora", 1, 0.1), ("lora", 3, 0.1)]
+    assert len(read_records(output)) == 8
+
+
+def test_a_failure_that_is_no_value_error_does_not_end_the_comparison(
+    settings: TaskSettings, tmp_path: Path, scores: dict[float, float | Exception], capsys: pytest.CaptureFixture[str]
+):
+    scores |= {0.02: RuntimeError("out of memory")}
+    output = tmp_path / "a.jsonl"
+    assert compare.compare(["digits"], ["lora"], [0], [0.02], settings, output) == 1
+    assert "digits, lora, learning rate 0.02, seed 0: RuntimeError: out of memory" in capsys.readouterr().err
+    (row,) = summarize(read_records(output))
+    assert math.isnan(row.score)
+    assert "RuntimeError: out of memory" in output.with_suffix(".md").read_text()
+
+
+def test_a_choice_that_changes_after_a_failure_is_refused(
+    settings: TaskSettings, tmp_path: Path, scores: dict[float, float | Exception]
+):
+    scores |= {0.01: 0.1, 0.02: 0.2, 0.04: ValueError("diverged")}
+    arguments = {"methods": ["lora"], "learning_rates": [0.01, 0.02]}
+    run(settings, tmp_path / "a.jsonl", seeds=[0], **arguments)
+    scores |= {0.04: 0.3, 0.08: 0.1}
+    with pytest.raises(ProtocolError, match=r"Expected runs of lora .* 0\.04, but that of seed 0 has 0\.02"):
+        run(settings, tmp_path / "a.jsonl", seeds=[0, 1], **arguments)
+
+
+def test_seeds_that_choose_rates_are_refused(settings: TaskSettings, tmp_path: Path):
+    with pytest.raises(ValueError, match="Expected seeds that do not choose learning rates but got 1000001"):
+        run(settings, tmp_path / "a.jsonl", seeds=[0, 1_000_001])
+
+
+def test_runs_on_another_backbone_are_not_added(settings: TaskSettings, tmp_path: Path):
+    output = tmp_path / "a.jsonl"
+    (first,) = run(settings, output, methods=["head"], seeds=[0])
+    weights = torch.load(settings.cache / "digits.pt")
+    name = next(iter(weights))
+    torch.save({**weights, name: weights[name] + 1}, tmp_path / "digits.pt")
+    other = dataclasses.replace(settings, cache=tmp_path)
+    with pytest.raises(ProtocolError, match=f"its runs of digits adapt another one, {first['backbone']}"):
+        run(other, output, methods=["head"], seeds=[1])
+    assert read_records(output) == [first]
+    # Records of earlier versions do not tell.
+    output.write_text(json.dumps({key: value for key, value in first.items() if key != "backbone"}) + "\n")
+    assert len(run(other, output, methods=["head"], seeds=[1])) == 2
+    del weights[name]
+    torch.save(weights, tmp_path / "digits.pt")
+    with pytest.raises(ValueError, match=r"Expected the weights of the backbone of digits in .*; delete this folder"):
+        run(other, output, methods=["head"], seeds=[1])
 
 
 def test_a_method_without_a_rate_is_left_out(
@@ -259,7 +315,7 @@ def test_the_exit_status_tells_of_failures(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    task = SimpleNamespace(name="digits", settings={}, learning_rate=0.1)
+    task = SimpleNamespace(name="digits", settings={}, learning_rate=0.1, backbone=None)
     monkeypatch.setattr(compare, "build_task", lambda name, settings: task)
     arguments = ["--methods", "lora", "--seeds", *seeds, "--learning_rates", "0.1", "--output", f"{tmp_path}/a.jsonl"]
     monkeypatch.setattr("sys.argv", ["compare", *arguments])
@@ -279,7 +335,29 @@ def test_missing_data_end_the_command_with_the_options_to_set(tmp_path: Path, mo
     assert "--cifar10_path" in str(end.value).splitlines()[-1]
 
 
+def test_a_head_that_is_not_trained_is_not_subtracted(settings: TaskSettings, tmp_path: Path):
+    (alone,) = run(settings, tmp_path / "a.jsonl", methods=["lora:rank=1,modules_to_save=[]"], seeds=[0])
+    assert alone["trainable_parameters"] == alone["deployed_parameters"] == 12 * 96
+
+
+def test_projections_that_eva_leaves_out_have_rank_0(
+    settings: TaskSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    decompose = peft.get_eva_state_dict
+
+    def none_for_the_first(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        first, *others = decompose(*args, **kwargs).items()
+        return {first[0]: first[1][:0], **dict(others)}
+
+    monkeypatch.setattr(peft, "get_eva_state_dict", none_for_the_first)
+    (eva,) = run(settings, tmp_path / "a.jsonl", methods=["eva:rank=2,rho=1"], seeds=[0])
+    # Query and value of six blocks.
+    assert sorted(eva["projection_ranks"].values()) == [0] + 11 * [2]
+    assert list(eva["ranks"].values()) == [1] + 5 * [2]
+
+
 def test_a_run_without_a_batch_is_no_run(settings: TaskSettings, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     settings = dataclasses.replace(settings, batch_size=5000)
-    assert run(settings, tmp_path / "a.jsonl", methods=["head"], seeds=[0]) == []
+    (failed,) = run(settings, tmp_path / "a.jsonl", methods=["head"], seeds=[0])
+    assert "score" not in failed
     assert "at least one batch of training rows but there is none" in capsys.readouterr().err

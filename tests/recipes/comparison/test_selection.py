@@ -75,7 +75,8 @@ def test_next_runs():
     assert titles(done)[-1] == ("lora", 0.01, 1)
     assert len(titles(done)) == 6
     # A run that failed is not tried again.
-    failed = {run_key(next(next_runs(plans, [0], done))): None}
+    first = next(next_runs(plans, [0], done))
+    failed = {run_key(first): {**first, "failed": "no luck"}}
     assert titles({**done, **failed})[0] == ("head", 0.01, 1_000_000)
     # With one learning rate there is nothing to choose.
     plans = [{**plan, "method": "lora", "settings": {}, "protocol": new_protocol([0.3])}]

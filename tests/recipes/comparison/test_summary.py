@@ -134,6 +134,14 @@ def test_runs_of_the_first_protocol(tmp_path: Path):
     assert table[6] == "| lora | 900 | 50.0 | 50.0 |  | 1 | 1,000 | 16.0 | 2.0 | 100 | 0.005 |"
 
 
+def test_ranks_are_averaged_by_name():
+    """A layer that one run leaves out has rank 0 there."""
+    first, second = ({**r, "ranks": ranks} for r, ranks in zip(RECORDS[:2], ({"a": 2, "b": 4}, {"b": 2}), strict=True))
+    second |= {"method": first["method"], "settings": first["settings"], "seed": 9}
+    (row,) = summarize([first, second])
+    assert (row.ranks, row.total_rank) == ((1, 3), 4)
+
+
 def test_csv(tmp_path: Path):
     write_csv(tmp_path / "a.csv", summarize(RECORDS))
     with (tmp_path / "a.csv").open() as file:

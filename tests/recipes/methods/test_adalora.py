@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from recipes.comparison.ranks import layer_ranks, trimmed_parameters
+from recipes.comparison.ranks import layer_ranks, projection_ranks, trimmed_parameters
 from recipes.methods import METHODS
 from recipes.methods.adalora import AdaLoraCallback, orthogonality_penalty
 from tests.recipes.methods.models import HEAD, fit, text, vision
@@ -29,7 +29,7 @@ def test_adalora_allocates_after_every_optimizer_step(new: Any):
     assert steps == list(range(1, 21))
     assert (config.total_step, config.tinit, config.tfinal) == (20, 3, 10)
     # Two matrices a block at 2 of 4 triplets on average, as ranks of the blocks 2 + 2.
-    ranks = layer_ranks(module)
+    ranks = layer_ranks(projection_ranks(module))
     assert len(ranks) == 2
     assert sum(ranks.values()) == 4
     assert trimmed_parameters(module) == HEAD + 8 * (16 + 16 + 1)
@@ -77,4 +77,4 @@ def test_adalora_resumes_as_if_it_had_never_stopped(stopped: int, tmp_path: Path
     resumed, trainer, data = new(20)
     trainer.fit(resumed, data, ckpt_path=tmp_path / f"step={stopped}.ckpt")
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
-    assert sum(layer_ranks(resumed).values()) == 4
+    assert sum(layer_ranks(projection_ranks(resumed)).values()) == 4

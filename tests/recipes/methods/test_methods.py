@@ -166,6 +166,43 @@ def test_adapterdrop_leaves_out_the_first_five_of_twelve_blocks():
     assert round(METHODS["adapterdrop"].defaults["dropped"] * 12) == 5
 
 
+@pytest.mark.parametrize("spec", ["vera:shared_rank=8", "randlora:basis_rank=4"])
+def test_random_matrices_follow_the_seed(spec: str):
+    method, settings = parse_method(spec)
+    outputs = []
+    for seed in (1, 1, 2):
+        module, batch = text()
+        torch.manual_seed(seed)
+        method.adapt(module, **settings)
+        for name, parameter in module.named_parameters():
+            if "lambda" in name:
+                nn.init.ones_(parameter)
+        outputs.append(logits(module, batch))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[0], outputs[2])
+
+
+def test_a_bottleneck_says_what_it_looks_for():
+    """Also in a model without a head, which it does not train either."""
+    with pytest.raises(NotApplicableError, match=r"it looks for .* in each block"):
+        METHODS["houlsby"].adapt(llama())
+
+
+def test_settings_have_the_types_of_the_arguments():
+    spec = "lalora:condense_at=210,condense_to=2,freeze_after=1e-1,fixed_ranks={layer.3: 2},average_rank=null"
+    settings = parse_method(spec)[1]
+    assert settings == {
+        "condense_at": 210,
+        "condense_to": 2.0,
+        "freeze_after": 0.1,
+        "fixed_ranks": {"layer.3": 2},
+        "average_rank": None,
+    }
+    # A number of steps and a fraction of the run are told apart by their type.
+    assert type(settings["condense_at"]) is int
+    assert parse_method("lalora:condense_at=0.5")[1] == {"condense_at": 0.5}
+
+
 def test_settings_are_read():
     method, settings = parse_method("lora:alpha=1e1,target_modules=[query, key],dropout=0")
     assert settings == {"alpha": 10.0, "target_modules": ["query", "key"], "dropout": 0.0}
@@ -181,9 +218,12 @@ def test_settings_are_read():
         ("lorra", "Expected a method to be one of lalora, lora, .* but got 'lorra'"),
         ("lora:gamma=2", "Expected a setting of lora to be one of rank, alpha, .* but got 'gamma'"),
         ("lora:rank=[", "Expected settings as name:setting=value"),
-        ("lora:alpha=big", "Expected alpha of lora to be a number but got 'big'"),
-        ("lalora:gamma", "Expected gamma of lalora to be a number but got None"),
-        ("lora:rank=2.5", r"Expected rank of lora to be an integer but got 2\.5"),
+        ("lora:alpha=big", "Expected alpha of lora to be float but got 'big'"),
+        ("lalora:gamma", "Expected gamma of lalora to be float but got None"),
+        ("lora:rank=2.5", r"Expected rank of lora to be int but got 2\.5"),
+        # LaLoraCallback would take 0 for LoRA's fixed ranks.
+        ("lalora:fixed_ranks=0", r"Expected fixed_ranks of lalora to be bool \| .*Mapping\[str, int\] but got 0"),
+        ("lalora:growth=sideways", "Expected growth of lalora to be .*'stored'.* but got 'sideways'"),
     ],
 )
 def test_settings_that_there_are_not(spec: str, message: str):
