@@ -9,12 +9,19 @@ from torch import nn
 
 from lalora_lightning.adapters.head import head_parameters, named_head_parameters
 from lalora_lightning.adapters.insertion import insert_layers
-from lalora_lightning.adapters.inspection import AdapterSummary, lora_layers, named_modules, summarize
+from lalora_lightning.adapters.inspection import (
+    AdapterSummary,
+    linear_layers_seen,
+    lora_layers,
+    named_modules,
+    summarize,
+)
 from lalora_lightning.adapters.remarks import remarks
 from lalora_lightning.adapters.targets import (
     ALL_LINEAR,
     Targets,
     find_targets,
+    layers_in_blocks,
     match_modules,
     require_untied_weights,
 )
@@ -50,8 +57,8 @@ def add_lora(
         dropout: Dropout on the adapters' input.
         target_modules: Names of linear modules, or a regular expression that matches whole names. ``"query"`` matches
             every module of this name, and ``"layer.3.query"`` is more specific. These projections are adapted as a
-            whole. By default, query and value projections are found by their usual names. In fused projections
-            (``qkv``, ``Wqkv``, ``c_attn``, and ``in_proj`` of ``nn.MultiheadAttention``), the default only adapts the
+            whole. ``"query-value"``, the default, finds query and value projections by their usual names. Of fused
+            projections (``qkv``, ``Wqkv``, ``c_attn``, and ``in_proj`` of ``nn.MultiheadAttention``), it adapts the
             slices of query and value, or the whole projection if it is ordered head by head. ``"all-linear"`` adapts
             all linear layers of the backbone: not the task head, and not the output layer of a language model. In
             fused projections, query, key and value are then slices of their own, which share a rank. Layers that are
@@ -78,7 +85,8 @@ def add_lora(
         A summary to print: ``print(add_lora(model))``.
 
     Raises:
-        ValueError: The model is already adapted; nothing was found for ``target_modules`` or ``modules_to_save``; a
+        ValueError: The model is already adapted; nothing was found for ``target_modules`` or ``modules_to_save``; with
+            ``"all-linear"``, the model has no blocks, so that its head cannot be told from the backbone; a
             target shares its weight with another module or is inside one of ``modules_to_save``; rank, alpha, dropout,
             a rank of the pattern, init or compute_dtype is out of range; or dropout would have no effect in an
             ``nn.MultiheadAttention``. The model is left unchanged.
@@ -99,6 +107,12 @@ def add_lora(
     if modules_to_save is None:
         # A model that consists of adapted layers only needs no head.
         whole = set(targets) >= {name for name, module in modules.items() if is_linear(module)}
+        if whole and target_modules == ALL_LINEAR and not layers_in_blocks(modules, targets):
+            raise ValueError(
+                "Expected a backbone of several blocks, beside which the task head is found, but found none; name the "
+                "modules to train in full with modules_to_save, or set modules_to_save=[] to train adapters only. "
+                + linear_layers_seen(modules)
+            )
         trained = {} if whole and target_modules == ALL_LINEAR else head_parameters(modules, targets)
     else:
         head = match_modules("modules_to_save", modules, modules_to_save)

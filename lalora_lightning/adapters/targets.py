@@ -14,15 +14,20 @@ from lalora_lightning.names import parent_name, state_name
 __all__ = [
     "ALL_LINEAR",
     "FUSED_NAMES",
+    "QUERY_VALUE",
     "QUERY_VALUE_NAMES",
     "Targets",
     "find_targets",
+    "layers_in_blocks",
     "match_modules",
     "require_untied_weights",
 ]
 
 ALL_LINEAR = "all-linear"
 """Value of ``target_modules`` for all linear layers of the backbone, the word that PEFT uses, too."""
+
+QUERY_VALUE = "query-value"
+"""Value of ``target_modules`` for the query and value projections, as in the paper; None means the same."""
 
 Targets = dict[str, list[tuple[int, int]] | None]
 """Names of linear modules, with the adapted slices of their outputs; None for the whole output."""
@@ -48,7 +53,7 @@ def find_targets(modules: Mapping[str, nn.Module], target_modules: Sequence[str]
 
     Args:
         modules: All modules of the model by name, see :func:`lalora_lightning.adapters.named_modules`.
-        target_modules: As in :func:`add_lora`; by default query and value.
+        target_modules: As in :func:`add_lora`.
 
     Returns:
         The names of the modules, with the slices to adapt.
@@ -57,7 +62,7 @@ def find_targets(modules: Mapping[str, nn.Module], target_modules: Sequence[str]
         ValueError: Nothing was found.
         TypeError: A target is not a linear module.
     """
-    if target_modules is None:
+    if target_modules is None or target_modules == QUERY_VALUE:
         targets = _query_and_value(modules)
         if not targets:
             raise ValueError(
@@ -103,6 +108,18 @@ def match_modules(argument: str, modules: Mapping[str, nn.Module], wanted: Seque
             + linear_layers_seen(modules)
         )
     return matched
+
+
+def layers_in_blocks(modules: Mapping[str, nn.Module], linear: Iterable[str]) -> list[str]:
+    """Return the linear layers that mark the blocks of a backbone, beside which the task head is found.
+
+    These are query and value projections, or else names that occur in several blocks, such as ``blocks.0.mlp.fc1``.
+
+    Args:
+        modules: All modules of the model by name.
+        linear: Names of its linear layers.
+    """
+    return list(_query_and_value(modules)) or _in_repeated_blocks(linear)
 
 
 def require_untied_weights(model: nn.Module, targets: Iterable[str]) -> None:
@@ -151,8 +168,7 @@ def _all_linear(modules: Mapping[str, nn.Module]) -> Targets:
     """Return all linear layers of the backbone: without the task head and the output layers of language models."""
     outputs = output_layers(modules)
     linear = [name for name, module in modules.items() if is_linear(module) and name not in outputs]
-    in_blocks = _query_and_value(modules) or _in_repeated_blocks(linear)
-    head = _head_beside(modules, _among_what_is_trained(modules, in_blocks), outputs)
+    head = _head_beside(modules, _among_what_is_trained(modules, layers_in_blocks(modules, linear)), outputs)
     backbone = [name for name in linear if not any(f"{name}.".startswith(f"{module}.") for module in head)]
     targets = {name: _thirds(modules[name]) if _is_fused(modules, name) else None for name in backbone}
     if not targets:

@@ -1,5 +1,6 @@
 """``target_modules="all-linear"``: the linear layers that PEFT adapts for the same word, without the task head."""
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -11,10 +12,10 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lalora_lightning import TruncatedLoRALinear, add_lora, lora_layers
+from lalora_lightning import add_lora, lora_layers
 from tests.helpers import families
 from tests.helpers.families import TEXT, run
-from tests.helpers.models import MixtureOfExperts, TinyTransformer
+from tests.helpers.models import MixtureOfExperts, TinyTransformer, unchanged
 
 
 def whisper() -> nn.Module:
@@ -160,6 +161,16 @@ def test_a_model_without_a_head():
     add_lora(llama, rank=2, target_modules="all-linear")
     assert len(lora_layers(llama)) == 2 * 7
     assert trained_in_full(llama) == set()
-    layer = nn.Sequential(nn.Linear(4, 4))
-    add_lora(layer, rank=2, target_modules="all-linear")
-    assert isinstance(layer[0], TruncatedLoRALinear)
+
+
+def test_a_model_without_blocks_does_not_tell_its_head():
+    """Its last layer would be frozen at its random weights, as ResNet's ``fc`` would."""
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(
+        ValueError, match=r"Expected a backbone of several blocks.* modules_to_save=\[\]"
+    ):
+        add_lora(network, rank=2, target_modules="all-linear")
+    assert unchanged(network)
+    summary = add_lora(copy.deepcopy(network), rank=2, target_modules="all-linear", modules_to_save=["2"])
+    assert summary.projections == 1
+    assert add_lora(network, rank=2, target_modules="all-linear", modules_to_save=[]).projections == 2

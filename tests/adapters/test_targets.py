@@ -174,3 +174,10 @@ def test_a_block_of_a_hierarchical_model_is_a_layer():
     assert add_lora(swin, rank=2).layers == 3
     config = transformers.SwinConfig(image_size=32, window_size=2, embed_dim=8, depths=[2, 1], num_heads=[1, 2])
     assert add_lora(transformers.SwinForImageClassification(config), rank=2).layers == 3
+
+
+def test_the_word_for_the_default():
+    default, by_name = (TinyTransformer(), TinyTransformer())
+    add_lora(default)
+    add_lora(by_name, target_modules="query-value")
+    assert list(lora_layers(by_name)) == list(lora_layers(default))
