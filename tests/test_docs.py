@@ -41,7 +41,7 @@ def test_scores_and_differences_are_those_of_the_records(page: str):
     scores: set[str] = set()
     differences: set[tuple[float, ...]] = set()
     records = [r for file in (DOCS / "results").glob("comparison-*.jsonl") for r in read_records(file)]
-    for baseline in ("lora:rank=2,target_modules=all-linear", "lora:target_modules=all-linear", "lora"):
+    for baseline in ("lora:rank=2,target_modules=all-linear", "lora:target_modules=all-linear", "lora", "lalora"):
         for row in summarize(records, baseline):
             scores.add(f"{row.score:.1f} +- {row.spread or 0:.1f}")
             if row.low is not None:
