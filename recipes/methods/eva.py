@@ -18,7 +18,7 @@ __all__ = ["EvaCallback", "add_eva"]
 def add_eva(
     module: nn.Module,
     rank: int = 8,
-    alpha: float = 16.0,
+    alpha: float = 1.0,
     dropout: float = 0.0,
     target_modules: Sequence[str] | str | None = None,
     rho: float = 2.0,
@@ -29,7 +29,8 @@ def add_eva(
     Args:
         module: The module to adapt.
         rank: Mean rank of the projections.
-        alpha: All adapters are scaled by ``alpha / rank``, whatever their own rank is.
+        alpha: All adapters are scaled by ``alpha / rank``, whatever their own rank is. The directions have norm 1 and
+            follow the inputs, so their outputs are large, and the authors use an alpha of 1.
         dropout: Dropout on the adapters' input.
         target_modules: Names or a regular expression; by default query and value.
         rho: The rank of a projection is at most ``rho * rank``; with 1, all ranks are equal.
