@@ -166,9 +166,7 @@ def test_a_model_without_a_head():
 def test_a_model_without_blocks_does_not_tell_its_head():
     """Its last layer would be frozen at its random weights, as ResNet's ``fc`` would."""
     network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-    with pytest.raises(
-        ValueError, match=r"Expected a backbone of several blocks.* modules_to_save=\[\]"
-    ):
+    with pytest.raises(ValueError, match=r"Expected a backbone of several blocks.* modules_to_save=\[\]"):
         add_lora(network, rank=2, target_modules="all-linear")
     assert unchanged(network)
     summary = add_lora(copy.deepcopy(network), rank=2, target_modules="all-linear", modules_to_save=["2"])
