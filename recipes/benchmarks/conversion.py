@@ -7,6 +7,8 @@ compares the components of all layers.
     python -m recipes.benchmarks.conversion --task_settings.glue_path FOLDER --task_settings.model FOLDER
 """
 
+import importlib.util
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -52,6 +54,10 @@ def main(
         to: The converted adapters have at most as many parameters as LoRA with this rank.
         json: File for the results.
     """
+    if importlib.util.find_spec("peft.tuners.lora.conversion") is None:
+        sys.exit(
+            f"error: Expected a peft that converts adapters to LoRA but got {VERSIONS['peft']}; install a newer one."
+        )
     quiet()
     built = build_task(task, task_settings)
     results = [result for seed in range(seeds) for result in measure(built, seed, learning_rate, rank, to)]

@@ -13,6 +13,7 @@ from tests.data.test_glue import _cache, tokenizer, write  # noqa: F401
 
 
 def test_conversion(tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture):  # noqa: F811
+    pytest.importorskip("peft.tuners.lora.conversion", reason="a newer peft converts adapters to LoRA")
     size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     torch.manual_seed(0)
     encoder = BertModel(BertConfig(vocab_size=8, initializer_range=0.5, **size))
