@@ -56,7 +56,7 @@ def main(
     """
     if importlib.util.find_spec("peft.tuners.lora.conversion") is None:
         sys.exit(
-            f"error: Expected a peft that converts adapters to LoRA but got {VERSIONS['peft']}; install a newer one."
+            f"error: Expected peft with a conversion to LoRA but got {VERSIONS['peft']}; install a newer one."
         )
     quiet()
     built = build_task(task, task_settings)
