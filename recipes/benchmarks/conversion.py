@@ -55,9 +55,7 @@ def main(
         json: File for the results.
     """
     if importlib.util.find_spec("peft.tuners.lora.conversion") is None:
-        sys.exit(
-            f"error: Expected peft with a conversion to LoRA but got {VERSIONS['peft']}; install a newer one."
-        )
+        sys.exit(f"error: Expected peft with a conversion to LoRA but got {VERSIONS['peft']}; install a newer one.")
     quiet()
     built = build_task(task, task_settings)
     results = [result for seed in range(seeds) for result in measure(built, seed, learning_rate, rank, to)]
