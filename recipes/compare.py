@@ -142,7 +142,6 @@ class Comparison:
         self.output = output
         self.done = {run_key(record): record for record in read_records(output)}
         self.failed = 0
-        self._to_repeat = {key for key, record in self.done.items() if "failed" in record}
 
     def run(
         self, plans: list[Record], seeds: list[int], pool: Executor, train: Callable[[Record], Record], jobs: int = 1
@@ -158,9 +157,10 @@ class Comparison:
         """
         plans = list(plans)
         running: dict[Future[Record], Record] = {}
+        # Without the runs that failed earlier, which are repeated.
+        outcomes = {key: record for key, record in self.done.items() if "failed" not in record}
         while True:
             started = {run_key(run) for run in running.values()}
-            outcomes = {key: record for key, record in self.done.items() if key not in self._to_repeat}
             for run in next_runs(plans, seeds, outcomes):
                 if len(running) == jobs:
                     break
@@ -172,7 +172,7 @@ class Comparison:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 run = running.pop(future)
                 try:
-                    self.add({**run, **future.result()})
+                    measured = future.result()
                 except BrokenProcessPool:
                     raise
                 except NotApplicableError as error:
@@ -180,13 +180,16 @@ class Comparison:
                     if same := [plan for plan in plans if plan.items() <= run.items()]:
                         print(f"{run['task']}, {label(run)}: {error}", file=sys.stderr)
                         plans = [plan for plan in plans if plan not in same]
+                    continue
                 except Exception as error:
                     # At some learning rates, a method may diverge.
                     kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-                    self.add({**run, "failed": f"{kind}{error}"})
+                    measured = {"failed": f"{kind}{error}"}
+                outcomes[run_key(run)] = {**run, **measured}
+                self.add(outcomes[run_key(run)])
         for plan in plans:
-            scores, _ = selection(plan, self.done)
-            compared = [self.done.get(run_key({**plan, "seed": seed, "searched": None})) for seed in seeds]
+            scores, _ = selection(plan, outcomes)
+            compared = [outcomes.get(run_key({**plan, "seed": seed, "searched": None})) for seed in seeds]
             self.failed += sum(run is not None and "failed" in run for run in compared)
             if scores and best_rate(scores) is None:
                 self.failed += 1
@@ -198,7 +201,6 @@ class Comparison:
     def add(self, record: Record) -> None:
         """Add the record of a run to the file, and print its score or why it failed."""
         self.done[run_key(record)] = record
-        self._to_repeat.discard(run_key(record))
         append_record(self.output, record)
         if "failed" in record:
             print(f"{run_title(record)}: {record['failed']}", file=sys.stderr)
@@ -296,6 +298,8 @@ def main() -> None:
         sys.exit(f"error: {error}\n{_OPTIONS}")
     except ProtocolError as error:
         sys.exit(f"error: {error}\nOption of this recipe: --output for the file")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     if failed:
         sys.exit(f"error: {failed} {'run' if failed == 1 else 'runs'} failed, see the messages above")
 

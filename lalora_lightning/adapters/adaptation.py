@@ -106,14 +106,15 @@ def add_lora(
     ranks = _match_ranks(rank_pattern or {}, targets, rank)
     if modules_to_save is None:
         # A model that consists of adapted layers only needs no head.
-        whole = set(targets) >= {name for name, module in modules.items() if is_linear(module)}
-        if whole and target_modules == ALL_LINEAR and not layers_in_blocks(modules, targets):
+        linear = {name for name, module in modules.items() if is_linear(module)}
+        whole = target_modules == ALL_LINEAR and set(targets) >= linear
+        if whole and not layers_in_blocks(modules, targets):
             raise ValueError(
                 "Expected a backbone of several blocks, beside which the task head is found, but found none; name the "
                 "modules to train in full with modules_to_save, or set modules_to_save=[] to train adapters only. "
                 + linear_layers_seen(modules)
             )
-        trained = {} if whole and target_modules == ALL_LINEAR else head_parameters(modules, targets)
+        trained = {} if whole else head_parameters(modules, targets)
     else:
         head = match_modules("modules_to_save", modules, modules_to_save)
         trained = named_head_parameters(modules, head, targets)

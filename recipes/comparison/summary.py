@@ -42,7 +42,7 @@ class Row:
         score: Mean score.
         spread: Standard deviation of the scores; None for a single run.
         worst: Lowest score; NaN if one of them is NaN.
-        trainable_parameters: Trainable parameters during training. These and all below are NaN if all runs failed.
+        trainable_parameters: Trainable parameters during training. As the numbers below, NaN if all runs failed.
         final_parameters: Trainable parameters after cutting the layers to their final ranks, mean.
         deployed_parameters: The same without the head; None if they were not recorded.
         total_rank: Sum of the layers' final ranks, mean; None for methods without ranks.
@@ -214,7 +214,7 @@ def _row(runs: list[Record], metric: str, baseline: dict[int, float]) -> Row:
         worst=math.nan if any(map(math.isnan, scores)) else min(scores),
         trainable_parameters=done[0]["trainable_parameters"] if done else math.nan,
         final_parameters=statistics.fmean(run["final_parameters"] for run in done) if done else math.nan,
-        deployed_parameters=statistics.fmean(deployed) if deployed else None,
+        deployed_parameters=statistics.fmean(deployed) if deployed else None if done else math.nan,
         total_rank=statistics.fmean(sum(run.values()) for run in ranks) if ranks else None,
         ranks=tuple(statistics.fmean(run.get(layer, 0) for run in ranks) for layer in layers),
         seconds=statistics.fmean(run["seconds"] for run in done) if done else math.nan,

@@ -30,7 +30,7 @@ def add_eva(
         module: The module to adapt.
         rank: Mean rank of the projections.
         alpha: All adapters are scaled by ``alpha / rank``, whatever their own rank is. The directions have norm 1 and
-            follow the inputs, so their outputs are large, and the authors use an alpha of 1.
+            follow the inputs, so their outputs are large. PEFT's example of EVA uses an alpha of 1, at rank 16.
         dropout: Dropout on the adapters' input.
         target_modules: Names or a regular expression; by default query and value.
         rho: The rank of a projection is at most ``rho * rank``; with 1, all ranks are equal.

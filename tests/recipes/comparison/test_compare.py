@@ -242,6 +242,33 @@ def test_every_run_that_fails_is_reported_and_the_others_go_on(
     assert len(read_records(output)) == 8
 
 
+def test_a_record_that_cannot_be_written_is_no_failed_run(
+    settings: TaskSettings, tmp_path: Path, scores: dict[float, float | Exception], monkeypatch: pytest.MonkeyPatch
+):
+    append, tried = compare.append_record, []
+
+    def full_for_a_moment(path: Path, entry: dict[str, Any]) -> None:
+        tried.append(entry)
+        if len(tried) == 1:
+            raise OSError("no space left on device")
+        append(path, entry)
+
+    monkeypatch.setattr(compare, "append_record", full_for_a_moment)
+    with pytest.raises(OSError, match="no space left"):
+        run(settings, tmp_path / "a.jsonl", methods=["lora"], seeds=[0])
+
+
+def test_a_method_that_only_fails_does_not_change_the_columns(
+    settings: TaskSettings, tmp_path: Path, failing: list[tuple[str, int, float]]
+):
+    """Also if it is the first one."""
+    output = tmp_path / "a.jsonl"
+    assert compare.compare(["digits"], ["lora", "head"], [1, 3], [0.1], settings, output) == 2
+    table = output.with_suffix(".md").read_text()
+    assert "| method | deployed parameters | accuracy |" in table
+    assert "| lora | nan | nan +- nan |" in table
+
+
 def test_a_failure_that_is_no_value_error_does_not_end_the_comparison(
     settings: TaskSettings, tmp_path: Path, scores: dict[float, float | Exception], capsys: pytest.CaptureFixture[str]
 ):
@@ -263,6 +290,14 @@ def test_a_choice_that_changes_after_a_failure_is_refused(
     scores |= {0.04: 0.3, 0.08: 0.1}
     with pytest.raises(ProtocolError, match=r"Expected runs of lora .* 0\.04, but that of seed 0 has 0\.02"):
         run(settings, tmp_path / "a.jsonl", seeds=[0, 1], **arguments)
+
+
+def test_a_seed_that_chooses_rates_ends_the_command_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.argv", ["compare", "--seeds", "1000000", "--output", f"{tmp_path}/a.jsonl"])
+    with pytest.raises(SystemExit, match=r"^error: Expected seeds that do not choose learning rates but got 1000000"):
+        compare.main()
 
 
 def test_seeds_that_choose_rates_are_refused(settings: TaskSettings, tmp_path: Path):
